@@ -1,0 +1,1 @@
+"""Paged attention: the interface and its backends."""

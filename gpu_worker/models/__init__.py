@@ -1,0 +1,1 @@
+"""Models: the lean Llama-family decoder, the transformers backend, and what loads them."""

@@ -1,0 +1,94 @@
+"""From a model directory to a model that runs: which backend, which dtype, which attention.
+
+Called by the worker at start.  The lean decoder takes what it knows in full; everything else
+goes to the transformers backend, and the log says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_worker.attention.interface import AttentionBackend
+from gpu_worker.attention.reference import ReferenceAttention
+from gpu_worker.models import decoder_config, weights
+from gpu_worker.models.decoder import Decoder
+from gpu_worker.models.layers import packs
+from gpu_worker.models.spec import LoadedModel, ModelError, ModelSpec
+
+__all__ = ["LoadedModel", "ModelError", "ModelSpec", "load_model"]
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(model_dir: Path, *, dtype: str, device: torch.device, max_model_len: int | None = None,
+               num_threads: int | None = None) -> LoadedModel:
+    """The model in ``model_dir``, ready to run; ModelError names what is wrong with it.
+
+    ``max_model_len`` (tokens) bounds the tables of positions; it may not exceed the config's.
+    ``num_threads`` sets torch's pool, which weights are packed with.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    config = weights.read_json(model_dir / "config.json", required=True)
+    _check_config(config)
+    generation_config = weights.read_json(model_dir / "generation_config.json", required=False)
+    settings: dict[str, Any] = {
+        "dtype": resolve_dtype(dtype, _checkpoint_dtype(config), device), "device": device,
+        "eos_token_ids": weights.eos_token_ids(config, generation_config), "attention": attention_backend(device)}
+    try:
+        lean = decoder_config.read(config)
+    except decoder_config.NotLean as reason:
+        logger.info("%s: run by the transformers backend: %s", model_dir, reason)
+        from gpu_worker.models.transformers_backend import load_transformers_model   # slow to import, rarely needed
+        return load_transformers_model(model_dir, max_model_len=max_model_len, **settings)
+    length = checked_max_model_len(max_model_len, lean.max_position)
+    with weights.Checkpoint(model_dir) as checkpoint:
+        return Decoder(lean, checkpoint, max_model_len=length, weights_fingerprint=weights.fingerprint(model_dir), **settings)
+
+
+def attention_backend(device: torch.device) -> AttentionBackend:
+    """The attention to use on a device."""
+    return ReferenceAttention()
+
+
+def checked_max_model_len(asked: int | None, limit: int) -> int:
+    """The length that tables are made for, in tokens."""
+    if asked is not None and asked > limit:
+        raise ModelError(f"max_model_len: was {asked}; allowed: up to the model's own {limit} (max_position_embeddings)")
+    return limit if asked is None else asked
+
+
+def resolve_dtype(asked: str, stored: str | None, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where it is fast, else float32; the log says when that differs from the checkpoint."""
+    if asked != "auto":
+        if asked == "float16" and device.type == "cpu":
+            logger.warning("dtype float16 on a CPU is many times slower than bfloat16 or float32")
+        return DTYPES[asked]
+    if device.type == "cpu":
+        chosen = "bfloat16" if packs(torch.bfloat16, device) else "float32"
+    elif stored == "float16" or not torch.cuda.is_bf16_supported():
+        chosen = "float16"
+    else:
+        chosen = "bfloat16"
+    if stored is not None and stored != chosen:
+        logger.info("dtype auto: the %s checkpoint is loaded as %s", stored, chosen)
+    return DTYPES[chosen]
+
+
+def _checkpoint_dtype(config: dict[str, Any]) -> str | None:
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return str(stored).removeprefix("torch.") if stored else None
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"config.json: model_type: was {config.get('model_type')!r}; allowed: the name of an architecture")
+    if config.get("quantization_config"):
+        raise ModelError("config.json: quantization_config: quantized checkpoints are not supported")
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures):
+        raise ModelError(f"config.json: architectures: was {architectures}; allowed: a model that generates text (…ForCausalLM)")
