@@ -1,0 +1,1 @@
+"""The EngineCore process: requests, queue, scheduler, KV blocks.  No torch."""

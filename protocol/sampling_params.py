@@ -1,0 +1,293 @@
+"""Sampling parameters: what a user writes, what crosses the wire, and one validation.
+
+``SamplingParams`` has vLLM's names and meanings.  It splits into ``TokenParams``
+(everything that acts on token ids: frontend → core → worker) and ``TextParams``
+(what only the frontend needs).  A field left at None takes the model's
+``generation_config`` value, then vLLM's default: ``resolve``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from protocol.codec import f32_bytes, i32_bytes, i32_column
+
+MAX_N = 16
+MAX_LOGPROBS = 20
+INT32_MAX = 2**31 - 1
+
+# Filled in where neither the caller nor generation_config says anything.
+DEFAULTS = {
+    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
+}
+
+
+class BadRequest(ValueError):
+    """One clear error to one caller: the field, what it was, what is allowed."""
+
+    def __init__(self, field: str, message: str, code: str = "invalid_value") -> None:
+        super().__init__(f"{field}: {message}")
+        self.field, self.message, self.code = field, message, code
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How to continue a prompt.  Names and meanings are vLLM's.
+
+    n: number of continuations, 1 … 16.
+    max_tokens: most new tokens; None: up to max_model_len.
+    min_tokens: no EOS, stop id or stop string before this many new tokens.
+    temperature: 0 … 2; below 1e-5 is greedy.
+    top_k: keep the k best tokens (0 or -1: all).  top_p: (0, 1].  min_p: [0, 1].
+    repetition_penalty: (0, 2].  presence_penalty, frequency_penalty: -2 … 2.
+    logit_bias: token id → value added to its logit, -100 … 100.
+    allowed_token_ids: only these.  bad_words: strings that must not appear.
+    stop: string or strings that end the text.  stop_token_ids: ids that end it.
+    ignore_eos: EOS ends nothing.  seed: 64-bit; None: derived from the request's key.
+    logprobs, prompt_logprobs: report the best k logprobs, 0 … 20; None: none.
+    skip_special_tokens, include_stop_str_in_output, detokenize: of the text only.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+class TokenParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Resolved parameters of one child request; lists are int32 / float32 byte columns."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)]
+    min_tokens: Annotated[int, Meta(ge=0, le=INT32_MAX)] = 0
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=INT32_MAX)] = 0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=2.0)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    ignore_eos: bool = False
+    stop_token_ids: bytes = b""          # i32[n]; EOS ids are not among them
+    logit_bias_ids: bytes = b""          # i32[n]
+    logit_bias_values: bytes = b""       # f32[n]
+    allowed_token_ids: bytes | None = None   # i32[n]; None: all
+    bad_words_ids: bytes = b""           # i32 flat
+    bad_words_lengths: bytes = b""       # i32[number of words]
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    eos_token_ids: bytes = b""           # i32[n] that end this request (and wait for min_tokens)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+
+class WireParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """``SamplingParams`` as it crosses from SDK to frontend; None still means "unset"."""
+
+    n: Annotated[int, Meta(ge=1, le=MAX_N)]
+    max_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)] | None
+    min_tokens: Annotated[int, Meta(ge=0, le=INT32_MAX)]
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None
+    top_k: Annotated[int, Meta(ge=-1, le=INT32_MAX)] | None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=2.0)] | None
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)]
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)]
+    logit_bias_ids: bytes
+    logit_bias_values: bytes
+    allowed_token_ids: bytes | None
+    bad_words: list[str]
+    stop: list[str]
+    stop_token_ids: bytes
+    ignore_eos: bool
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None
+    skip_special_tokens: bool
+    include_stop_str_in_output: bool
+    detokenize: bool
+
+
+def to_wire(params: SamplingParams) -> WireParams:
+    """The wire form; the seed travels beside it."""
+    validate(params)
+    bias = params.logit_bias or {}
+    return WireParams(
+        n=params.n, max_tokens=params.max_tokens, min_tokens=params.min_tokens,
+        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty, presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias_ids=i32_bytes(list(bias)), logit_bias_values=f32_bytes(list(bias.values())),
+        allowed_token_ids=None if params.allowed_token_ids is None else i32_bytes(params.allowed_token_ids),
+        bad_words=list(params.bad_words or []), stop=stop_list(params),
+        stop_token_ids=i32_bytes(params.stop_token_ids or []), ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs, prompt_logprobs=params.prompt_logprobs,
+        skip_special_tokens=params.skip_special_tokens,
+        include_stop_str_in_output=params.include_stop_str_in_output, detokenize=params.detokenize)
+
+
+def resolve(
+    wire: WireParams, *, vocab_size: int, prompt_len: int, max_model_len: int,
+    defaults: dict[str, Any] | None = None, bad_words_ids: list[list[int]] = (),
+    eos_token_ids: list[int] = (),
+) -> TokenParams:
+    """What core and worker see of ``wire`` for a prompt of ``prompt_len`` tokens.
+
+    ``defaults``: sampling values of the model's generation_config.  Raises BadRequest.
+    """
+    chosen = {}
+    for field, fallback in DEFAULTS.items():
+        value = getattr(wire, field)
+        if value is None:
+            value = (defaults or {}).get(field, fallback)
+        chosen[field] = value
+    chosen["top_k"] = max(0, chosen["top_k"])
+    _check_ranges({**chosen, "n": wire.n})
+    check_token_ids("stop_token_ids", i32_column(wire.stop_token_ids), vocab_size)
+    bias_ids = i32_column(wire.logit_bias_ids, len(wire.logit_bias_values) // 4, "logit_bias")
+    check_token_ids("logit_bias", bias_ids, vocab_size)
+    if wire.allowed_token_ids is not None:
+        check_token_ids("allowed_token_ids", i32_column(wire.allowed_token_ids), vocab_size)
+    return TokenParams(
+        max_tokens=check_lengths(prompt_len, wire.max_tokens, max_model_len),
+        min_tokens=wire.min_tokens, presence_penalty=wire.presence_penalty,
+        frequency_penalty=wire.frequency_penalty, ignore_eos=wire.ignore_eos,
+        stop_token_ids=wire.stop_token_ids, logit_bias_ids=wire.logit_bias_ids,
+        logit_bias_values=wire.logit_bias_values, allowed_token_ids=wire.allowed_token_ids,
+        bad_words_ids=i32_bytes([i for word in bad_words_ids for i in word]),
+        bad_words_lengths=i32_bytes([len(word) for word in bad_words_ids]),
+        logprobs=wire.logprobs, prompt_logprobs=wire.prompt_logprobs,
+        eos_token_ids=b"" if wire.ignore_eos else i32_bytes(eos_token_ids), **chosen)
+
+
+def stop_list(params: SamplingParams) -> list[str]:
+    """``stop`` as a list."""
+    if params.stop is None:
+        return []
+    return [params.stop] if isinstance(params.stop, str) else list(params.stop)
+
+
+def check_lengths(prompt_len: int, max_tokens: int | None, max_model_len: int) -> int:
+    """The number of tokens that may be generated, or BadRequest naming the three numbers."""
+    if prompt_len < 1:
+        raise BadRequest("prompt", "was empty; at least 1 token is needed", "empty_prompt")
+    room = max_model_len - prompt_len
+    if room < 1 or (max_tokens is not None and max_tokens > room):
+        asked = "at least 1 new token" if max_tokens is None else f"max_tokens = {max_tokens}"
+        raise BadRequest(
+            "prompt" if room < 1 else "max_tokens",
+            f"the prompt has {prompt_len} tokens and {asked} was asked for, together more than"
+            f" max_model_len = {max_model_len}", "context_length_exceeded")
+    return room if max_tokens is None else max_tokens
+
+
+def check_token_ids(field: str, ids: Any, vocab_size: int) -> None:
+    """BadRequest unless every id is in [0, vocab_size)."""
+    ids = np.asarray(ids, dtype=np.int64)
+    bad = ids[(ids < 0) | (ids >= vocab_size)]
+    if bad.size:
+        raise BadRequest(field, f"token id {bad[0]} is not in [0, {vocab_size})")
+
+
+# field → (low, high, low is allowed)
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "n": (1, MAX_N, True), "temperature": (0, 2, True), "top_k": (-1, INT32_MAX, True),
+    "top_p": (0, 1, False), "min_p": (0, 1, True), "repetition_penalty": (0, 2, False),
+    "presence_penalty": (-2, 2, True), "frequency_penalty": (-2, 2, True),
+    "max_tokens": (1, INT32_MAX, True), "min_tokens": (0, INT32_MAX, True),
+    "logprobs": (0, MAX_LOGPROBS, True), "prompt_logprobs": (0, MAX_LOGPROBS, True),
+    "seed": (-(2**63), 2**64 - 1, True),
+}
+_INTEGERS = {"n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed"}
+_OPTIONAL = {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+             "logprobs", "prompt_logprobs"}
+_FLAGS = {"ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize"}
+
+
+def validate(params: SamplingParams) -> None:
+    """BadRequest naming the first field that is wrong or contradicts another."""
+    _check_ranges({field: getattr(params, field) for field in _RANGES})
+    for field in _FLAGS:
+        if not isinstance(getattr(params, field), bool):
+            raise BadRequest(field, f"was {getattr(params, field)!r}; allowed: True or False")
+    for field in ("stop_token_ids", "allowed_token_ids"):
+        _check_ids(field, getattr(params, field))
+    _check_bias(params.logit_bias)
+    _check_strings("bad_words", params.bad_words)
+    _check_strings("stop", stop_list(params) if isinstance(params.stop, str) else params.stop)
+    if params.allowed_token_ids is not None and not params.allowed_token_ids:
+        raise BadRequest("allowed_token_ids", "was empty; give at least one id or None")
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise BadRequest("min_tokens", f"was {params.min_tokens}; at most max_tokens = {params.max_tokens}")
+    if params.stop and not params.detokenize:
+        raise BadRequest("stop", "needs detokenize=True: stop strings are found in the text")
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    for field, value in values.items():
+        low, high, low_allowed = _RANGES[field]
+        if value is None and field in _OPTIONAL:
+            continue
+        kind = int if field in _INTEGERS else (int, float)
+        allowed = f"{'[' if low_allowed else '('}{low}, {high}]"
+        if isinstance(value, bool) or not isinstance(value, kind):
+            wanted = "an integer" if field in _INTEGERS else "a number"
+            raise BadRequest(field, f"was {value!r}; allowed: {wanted} in {allowed}")
+        if not math.isfinite(value) or not low <= value <= high or (value == low and not low_allowed):
+            raise BadRequest(field, f"was {value!r}; allowed: {allowed}")
+
+
+def _check_ids(field: str, ids: Any) -> None:
+    if ids is None:
+        return
+    if not isinstance(ids, (list, tuple)):
+        raise BadRequest(field, f"was {ids!r}; allowed: a list of token ids")
+    for value in ids:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= INT32_MAX:
+            raise BadRequest(field, f"contains {value!r}; allowed: token ids, integers from 0")
+
+
+def _check_bias(bias: Any) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, dict):
+        raise BadRequest("logit_bias", f"was {bias!r}; allowed: a dict of token id to number")
+    _check_ids("logit_bias", list(bias))
+    for token, value in bias.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
+            raise BadRequest("logit_bias", f"{value!r} for token {token}; allowed: [-100, 100]")
+
+
+def _check_strings(field: str, strings: Any) -> None:
+    if strings is None:
+        return
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(s, str) for s in strings):
+        raise BadRequest(field, f"was {strings!r}; allowed: strings")
+    if any(not s for s in strings):
+        raise BadRequest(field, "contains an empty string; allowed: non-empty strings")
