@@ -290,11 +290,13 @@ class Delta(msgspec.Struct, tag=43, frozen=True, array_like=True, gc=False):
     char_offset: Count
     text: str
     logprobs: LogprobRows | None = None          # rows as token_ids
-    prompt_logprobs: LogprobRows | None = None   # row r: prompt position r + 1; once, with the first delta of child 0 that has them all
+    prompt_logprobs: LogprobRows | None = None   # the next rows, from prompt position 1 on; child 0 only, all before its last delta
     finish_reason: str | None = None             # "stop" | "length" | "abort"
     stop_reason: int | str | None = None         # stop id or stop string; None for EOS
     usage: Usage | None = None                   # with the last delta
     metrics: StreamMetrics | None = None         # with the last delta
+    logprob_texts: list[str] | None = None         # one per entry of logprobs.ids, row by row
+    prompt_logprob_texts: list[str] | None = None  # one per entry of prompt_logprobs.ids
 
 
 class Ping(msgspec.Struct, tag=44, frozen=True, array_like=True, gc=False):

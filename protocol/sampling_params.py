@@ -27,6 +27,10 @@ DEFAULTS = {
 }
 
 
+def _doc(text: str) -> Meta:
+    return Meta(description=text)
+
+
 class BadRequest(ValueError):
     """One clear error to one caller: the field, what it was, what is allowed."""
 
@@ -36,44 +40,31 @@ class BadRequest(ValueError):
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How to continue a prompt.  Names and meanings are vLLM's.
+    """How to continue a prompt.  Names and meanings are vLLM's; the command line's sampling
+    flags and their help are derived from here."""
 
-    n: number of continuations, 1 … 16.
-    max_tokens: most new tokens; None: up to max_model_len.
-    min_tokens: no EOS, stop id or stop string before this many new tokens.
-    temperature: 0 … 2; below 1e-5 is greedy.
-    top_k: keep the k best tokens (0 or -1: all).  top_p: (0, 1].  min_p: [0, 1].
-    repetition_penalty: (0, 2].  presence_penalty, frequency_penalty: -2 … 2.
-    logit_bias: token id → value added to its logit, -100 … 100.
-    allowed_token_ids: only these.  bad_words: strings that must not appear.
-    stop: string or strings that end the text.  stop_token_ids: ids that end it.
-    ignore_eos: EOS ends nothing.  seed: 64-bit; None: derived from the request's key.
-    logprobs, prompt_logprobs: report the best k logprobs, 0 … 20; None: none.
-    skip_special_tokens, include_stop_str_in_output, detokenize: of the text only.
-    """
-
-    n: int = 1
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    seed: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
-    detokenize: bool = True
+    n: Annotated[int, _doc("number of continuations, 1 … 16")] = 1
+    max_tokens: Annotated[int | None, _doc("most new tokens; None: up to max_model_len")] = 16
+    min_tokens: Annotated[int, _doc("no EOS, stop id or stop string before this many new tokens")] = 0
+    temperature: Annotated[float | None, _doc("0 … 2; below 1e-5 is greedy")] = None
+    top_k: Annotated[int | None, _doc("keep the k best tokens; 0 or -1: all")] = None
+    top_p: Annotated[float | None, _doc("keep the smallest set of best tokens with this probability, (0, 1]")] = None
+    min_p: Annotated[float | None, _doc("keep tokens with at least this share of the best one's probability, [0, 1]")] = None
+    repetition_penalty: Annotated[float | None, _doc("divides the logits of tokens in prompt or output, (0, 2]; 1: off")] = None
+    presence_penalty: Annotated[float, _doc("taken off the logits of tokens in the output, -2 … 2")] = 0.0
+    frequency_penalty: Annotated[float, _doc("the same, times how often they are there, -2 … 2")] = 0.0
+    logit_bias: Annotated[dict[int, float] | None, _doc("token id → value added to its logit, -100 … 100")] = None
+    allowed_token_ids: Annotated[list[int] | None, _doc("only these token ids")] = None
+    bad_words: Annotated[list[str] | None, _doc("strings that must not appear")] = None
+    stop: Annotated[str | list[str] | None, _doc("string or strings that end the text")] = None
+    stop_token_ids: Annotated[list[int] | None, _doc("token ids that end it")] = None
+    ignore_eos: Annotated[bool, _doc("EOS ends nothing")] = False
+    seed: Annotated[int | None, _doc("64-bit; None: derived from the request's key")] = None
+    logprobs: Annotated[int | None, _doc("report the best k logprobs of each new token, 0 … 20; None: none")] = None
+    prompt_logprobs: Annotated[int | None, _doc("the same for each prompt token but the first, 0 … 20")] = None
+    skip_special_tokens: Annotated[bool, _doc("leave special tokens out of the text")] = True
+    include_stop_str_in_output: Annotated[bool, _doc("keep the stop string at the end of the text")] = False
+    detokenize: Annotated[bool, _doc("give text, not token ids alone")] = True
 
     def __post_init__(self) -> None:
         validate(self)
