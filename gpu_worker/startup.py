@@ -1,0 +1,63 @@
+"""From an engine's settings to a worker that can run plans.
+
+Called once by ``process.py``, which imports this module (and with it torch) only after it has
+set the environment.  Everything that can be wrong with the settings, the machine or the model
+ends here as one exception whose message names it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpu_worker.device import available_bytes, choose_device, choose_threads, device_name, size_kv
+from gpu_worker.kv_cache import KVCache
+from gpu_worker.model_runner import ModelRunner
+from gpu_worker.models.registry import load_model
+from gpu_worker.request_states import RequestStates
+from gpu_worker.row_buckets import RowBuckets
+from protocol.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+NO_ROW_PADDING = "FOLOVLLM_DISABLE_ROW_PADDING"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWorker:
+    """A runner, and what the others are told of it."""
+
+    runner: ModelRunner
+    device: str
+    dtype: str
+    num_threads: int
+    num_blocks: int
+    max_model_len: int         # tokens
+    numerics_fingerprint: str
+    bit_exact: bool
+
+
+def load_worker(config: EngineConfig) -> LoadedWorker:
+    """Device, threads, model, self-check, KV cache and tables, in this order."""
+    started = time.perf_counter()
+    device = choose_device(config.model.device)
+    num_threads = choose_threads(config.model.num_threads)
+    torch.set_num_threads(num_threads)
+    model = load_model(Path(config.model_dir), dtype=config.model.dtype, device=device,
+                       max_model_len=config.model.max_model_len, num_threads=num_threads)
+    loaded = time.perf_counter()
+    buckets = RowBuckets(enabled=os.environ.get(NO_ROW_PADDING) != "1")
+    size = size_kv(model.spec, config.scheduler, config.model.max_model_len, available_bytes(device))
+    kv = KVCache(model.spec, size.num_blocks, model.spec.dtype, device)
+    states = RequestStates(config.scheduler.max_num_seqs, size.max_model_len, model.spec.vocab_size, size.num_blocks, device)
+    logger.info("model %.2f s, memory %.2f s; KV cache %d blocks, %.0f MB; row tables %.1f MB", loaded - started,
+                time.perf_counter() - loaded, size.num_blocks,
+                size.num_blocks * KVCache.block_bytes(model.spec, model.spec.dtype) / 1e6, states.table_bytes() / 1e6)
+    return LoadedWorker(
+        runner=ModelRunner(model, kv, states, buckets), device=device_name(device),
+        dtype=str(model.spec.dtype).removeprefix("torch."), num_threads=num_threads, num_blocks=size.num_blocks,
+        max_model_len=size.max_model_len, numerics_fingerprint=model.weights_fingerprint, bit_exact=False)
