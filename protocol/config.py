@@ -55,6 +55,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     run_dir: Annotated[str, _doc("directory of sockets, lock and progress pages, mode 0700")] | None = None
     stream_interval: Annotated[int, _doc("tokens between two deltas of a stream", ge=1, le=1024)] = 1
+    shutdown_timeout: Annotated[float, _doc("seconds that open streams get to finish after Ctrl-C or SIGTERM; a second signal ends them at once", ge=0.0, le=3600.0)] = 0.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _doc("least severe lines to log, on stderr")] = "warning"
 
 

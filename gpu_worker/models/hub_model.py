@@ -1,0 +1,35 @@
+"""Fetch a checkpoint from the Hugging Face hub: ``python -m gpu_worker.models.hub_model owner/name``.
+
+Started by launch.py; prints the local directory as its last line on stdout.  Honours
+HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# What an engine reads; not the copies in other formats that many repositories hold.
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+def fetch(repository: str) -> str:
+    """The directory of ``repository``; raises OSError or ValueError with the reason."""
+    from huggingface_hub import snapshot_download  # comes with transformers
+
+    return snapshot_download(repository, allow_patterns=PATTERNS)
+
+
+def main() -> int:
+    repository = sys.argv[1]
+    try:
+        print(fetch(repository))
+    except Exception as error:  # the library raises many kinds: offline, unknown, gated, disk
+        reason = str(error).strip().splitlines()
+        print(f"folovllm: model {repository!r} could not be fetched from the hub:"
+              f" {reason[0] if reason else type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

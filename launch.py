@@ -1,0 +1,342 @@
+"""``python launch.py``: the parent of all processes of one engine.
+
+Owns the run directory's lock, the settings and the life of its children: core, worker
+and frontend.  Starts them, waits until each says READY in its progress page, ends them.
+No torch, one thread, asleep but for signals and deaths.  Flags: ``--help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import msgspec
+
+from protocol import config as settings
+from protocol.child import EXIT_PEER_LOST, routing_id, set_process_name
+from protocol.config import ConfigError, EngineConfig
+from protocol.lifeline import send_control
+from protocol.messages import Drain, PeerDied
+from protocol.progress import ProgressPage, State
+from protocol.run_dir import RunDir, RunDirError, locate
+from protocol.transport import ipc
+
+ROOT = Path(__file__).resolve().parent
+MODULES = {"worker": "gpu_worker.process", "core": "core_proc.process", "frontend": "frontend.process"}
+TORCH_RANGE = ((2, 11), (3, 0))
+PAGE_POLL_S = 0.01          # while starting
+FRONTEND_LEAVES_S = 0.8     # beyond its grace: to tell its clients
+OTHERS_LEAVE_S = 0.5
+EPOCH = GEN = 1             # incarnations; they rise when a child is replaced
+
+
+class StartError(RuntimeError):
+    """The engine cannot start; the message is for the user."""
+
+
+class Stop(Exception):
+    """A signal came, or the program that started us is gone."""
+
+
+@dataclass(slots=True)
+class Child:
+    """One process started by us, and the writing end of its lifeline."""
+
+    role: str
+    process: subprocess.Popen
+    lifeline: int
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def told(self, message: Drain | PeerDied) -> None:
+        send_control(self.lifeline, message)
+
+
+class Wakeups:
+    """Everything that ends our sleep: SIGINT, SIGTERM, SIGCHLD, and the death pipe."""
+
+    def __init__(self, death_fd: int | None) -> None:
+        self._read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._poll = select.poll()
+        self._poll.register(self._read, select.POLLIN)
+        self._death_fd = death_fd
+        if death_fd is not None:
+            self._poll.register(death_fd, select.POLLIN)
+
+    def sleep(self, timeout_s: float | None) -> None:
+        """Until something happens; raises Stop if that is the end."""
+        ready = self._poll.poll(None if timeout_s is None else max(0, timeout_s) * 1000)
+        for fd, _events in ready:
+            if fd == self._death_fd and not os.read(fd, 1):
+                self._poll.unregister(fd)
+                raise Stop("the program that started the engine is gone")
+            if fd == self._read and set(os.read(fd, 64)) & {signal.SIGINT, signal.SIGTERM}:
+                raise Stop("signal")
+
+    def sleep_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
+        """Until ``done()`` or the time is over; False then."""
+        deadline = time.monotonic() + timeout_s
+        while not done():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self.sleep(min(left, 0.1))
+        return True
+
+
+class Engine:
+    """The children of one engine, from the first start to the last exit."""
+
+    def __init__(self, config: EngineConfig, run_dir: RunDir, wakeups: Wakeups) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.wakeups = wakeups
+        self.children: dict[str, Child] = {}
+        self.page = ProgressPage.create(run_dir.page("launch"), "launch", epoch=EPOCH, gen=GEN)
+
+    def start(self) -> dict:
+        """Start everything; returns what the ready line says.  Raises StartError, Stop."""
+        began = time.monotonic()
+        self.config = resolve_model(self.config, self.wakeups)
+        self.run_dir.write_config(self.config)
+        self.page.set("state", State.LOADING)
+        for role in MODULES:
+            self.children[role] = start_child(role, self.run_dir)
+        for role in MODULES:
+            self._await_ready(role)
+        self.page.set("state", State.READY)
+        return self._facts(time.monotonic() - began)
+
+    def watch(self) -> int:
+        """Sleep until a child dies: the exit code then.  Raises Stop."""
+        while all(child.alive for child in self.children.values()):
+            self.wakeups.sleep(None)
+        return EXIT_PEER_LOST
+
+    def stop(self, grace_s: float) -> None:
+        """Frontend first, so that every client is told; then the others."""
+        self.page.set("state", State.DRAINING)
+        frontend = self.children.get("frontend")
+        for role, child in self.children.items():
+            if not child.alive:
+                say(f"{role} (pid {child.process.pid}) {how_it_ended(child.process.returncode)};"
+                    " every open stream ends with engine_lost")
+                if frontend:
+                    frontend.told(PeerDied(role, routing_id(role, 0, EPOCH, GEN)))
+        try:
+            if frontend:
+                self._leave([frontend], grace_s, FRONTEND_LEAVES_S)
+            self._leave(list(self.children.values()), 0.0, OTHERS_LEAVE_S)
+        except Stop:
+            pass  # a second signal: at once
+        for child in self.children.values():
+            if child.alive:
+                child.process.kill()
+            child.process.wait()
+            os.close(child.lifeline)
+
+    def _leave(self, children: list[Child], grace_s: float, extra_s: float) -> None:
+        for child in children:
+            child.told(Drain(grace_s))
+        self.wakeups.sleep_until(lambda: not any(c.alive for c in children), grace_s + extra_s)
+
+    def _await_ready(self, role: str) -> None:
+        child = self.children[role]
+        while self._state(role) != State.READY:
+            for other in self.children.values():
+                if not other.alive:
+                    raise StartError(self._why(other))
+            self.wakeups.sleep(PAGE_POLL_S)
+        if not child.alive:
+            raise StartError(self._why(child))
+
+    def _state(self, role: str) -> State:
+        page = self._page_of(role)
+        return State.STARTING if page is None else State(page.get("state"))
+
+    def _page_of(self, role: str) -> ProgressPage | None:
+        try:
+            return ProgressPage(self.run_dir.page(role))
+        except (OSError, ValueError):
+            return None
+
+    def _why(self, child: Child) -> str:
+        page = self._page_of(child.role)
+        told = page.get_text("error") if page else ""
+        return told or f"{child.role} {how_it_ended(child.process.returncode)} while starting; its log is above"
+
+    def _facts(self, seconds: float) -> dict:
+        worker = self._page_of("worker")
+        return {
+            "ready": True, "seconds": round(seconds, 2), "pid": os.getpid(),
+            "model": self.config.model_name, "device": worker.get_text("device"),
+            "dtype": worker.get_text("dtype"),
+            "kv_tokens": worker.get("blocks") * self.config.scheduler.block_size,
+            "max_model_len": worker.get("max_model_len"), "threads": worker.get("num_threads"),
+            "zmq": ipc(self.run_dir.client_socket),
+        }
+
+
+def start_child(role: str, run_dir: RunDir) -> Child:
+    """One child with the reading end of a fresh pipe as its lifeline."""
+    read_end, write_end = os.pipe()
+    arguments = ["--run-dir", str(run_dir.path), "--lifeline-fd", str(read_end),
+                 "--rank", "0", "--epoch", str(EPOCH), "--gen", str(GEN)]
+    process = spawn(MODULES[role], arguments, pass_fds=(read_end,), env=environment(role))
+    os.close(read_end)
+    os.set_blocking(write_end, False)
+    return Child(role, process, write_end)
+
+
+def spawn(module: str, arguments: list[str], **options: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments], close_fds=True,
+                            start_new_session=True, stdin=subprocess.DEVNULL, **options)
+
+
+def environment(role: str) -> dict[str, str]:
+    """Ours, with this directory first on the path, and threads where they belong."""
+    env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), env.get("PYTHONPATH")) if p)
+    env["PYTHONUNBUFFERED"] = "1"
+    if role == "worker":
+        # libgomp's own spin count makes a step several times slower beside other processes.
+        env.setdefault("GOMP_SPINCOUNT", "1000")
+    else:
+        env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return env
+
+
+def resolve_model(config: EngineConfig, wakeups: Wakeups) -> EngineConfig:
+    """``config`` with a checkpoint directory on this machine.
+
+    Fetching and converting happens in a short-lived child, which prints the directory as
+    its last line; what it says on stderr the user sees.
+    """
+    model = config.model.model
+    path = Path(model).expanduser()
+    if model == "default":
+        directory = run_resolver("gpu_worker.models.default_model", [], wakeups)
+        name = "SmolLM2-135M-Instruct"
+    elif path.is_file():
+        directory, name = run_resolver("gpu_worker.models.gguf_checkpoint", [str(path)], wakeups), path.stem
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise StartError(f"model: the directory {path} has no config.json; a Hugging Face checkpoint is needed")
+        directory, name = str(path.absolute()), path.absolute().name
+    elif model.startswith((".", "/", "~")) or model.count("/") != 1 or model.endswith(".gguf"):
+        raise StartError(f"model: was {model!r}, which is no directory and no file here;"
+                         " allowed: 'default', a checkpoint directory, a GGUF file or a hub id (owner/name)")
+    else:
+        directory, name = run_resolver("gpu_worker.models.hub_model", [model], wakeups), model
+    return msgspec.structs.replace(config, model_dir=directory, model_name=name)
+
+
+def run_resolver(module: str, arguments: list[str], wakeups: Wakeups) -> str:
+    process = spawn(module, arguments, stdout=subprocess.PIPE, env=environment("resolver"))
+    try:
+        while process.poll() is None:
+            wakeups.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    lines = process.stdout.read().decode().splitlines()
+    if process.returncode or not lines:
+        raise StartError("model: could not be fetched or converted; the reason is above")
+    return lines[-1]
+
+
+def how_it_ended(returncode: int) -> str:
+    if returncode < 0:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    return f"exited with code {returncode}"
+
+
+def check_platform() -> None:
+    """One clear sentence on a machine that we do not serve."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise StartError(f"FoloVLLM runs on Linux x86-64; this is {sys.platform} {platform.machine()}")
+    found = importlib.metadata.version("torch")
+    version = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    if not TORCH_RANGE[0] <= version < TORCH_RANGE[1]:
+        raise StartError(f"torch {found} is installed; FoloVLLM needs at least 2.11 and less than 3")
+
+
+def say(text: str) -> None:
+    print(f"folovllm: {text}", file=sys.stderr, flush=True)
+
+
+def report(fd: int | None, facts: dict) -> None:
+    """One JSON line to the program that started us."""
+    if fd is None:
+        return
+    try:
+        os.write(fd, json.dumps(facts).encode() + b"\n")
+        os.close(fd)
+    except OSError:
+        pass  # it is gone; the death pipe tells
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch.py", description="Start a FoloVLLM engine and keep it until Ctrl-C.",
+        epilog="Talk to it with 'folovllm chat', the SDK (folovllm.Client), 'folovllm status'.")
+    settings.add_arguments(parser)
+    for name in ("--death-pipe-fd", "--parent-report-fd"):  # LLMEngine's
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
+    """One engine from start to end; the exit code."""
+    wakeups = Wakeups(arguments.death_pipe_fd)
+    run_dir = locate(config.run.run_dir)
+    lock = run_dir.create_and_lock()
+    engine = Engine(config, run_dir, wakeups)
+    grace_s = 0.0
+    try:
+        facts = engine.start()
+        report(arguments.parent_report_fd, facts)
+        if arguments.parent_report_fd is None:
+            print(f"ready in {facts['seconds']:.1f} s  " + " ".join(
+                f"{name}={facts[name]}" for name in
+                ("model", "device", "dtype", "kv_tokens", "threads", "zmq")), flush=True)
+        return engine.watch()
+    except Stop as stop:
+        grace_s = config.run.shutdown_timeout if str(stop) == "signal" else 0.0
+        return 0
+    finally:
+        engine.stop(grace_s)
+        lock.release()
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    set_process_name("folovllm: launch")
+    try:
+        check_platform()
+        return serve(settings.from_arguments(arguments), arguments)
+    except (StartError, ConfigError, RunDirError) as error:
+        report(arguments.parent_report_fd, {"error": str(error)})
+        say(f"error: {error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
