@@ -1,0 +1,26 @@
+"""FoloVLLM's public names in one place.
+
+The packages beside this file have general names (``frontend``, ``protocol``), so its own
+directory goes first on the path while they are imported, and away again after.
+"""
+
+import sys
+from pathlib import Path
+
+_root = str(Path(__file__).resolve().parent)
+sys.path.insert(0, _root)
+try:
+    from frontend.client import AsyncClient, Client
+    from frontend.errors import EngineDead, EngineError
+    from frontend.llm_engine import LLM, LLMEngine
+    from frontend.outputs import CompletionOutput, RequestOutput
+    from protocol.config import ModelConfig, SchedulerConfig
+    from protocol.sampling_params import BadRequest, SamplingParams
+finally:
+    sys.path.remove(_root)
+
+__version__ = "0.1.0"
+__all__ = [
+    "AsyncClient", "BadRequest", "Client", "CompletionOutput", "EngineDead", "EngineError", "LLM",
+    "LLMEngine", "ModelConfig", "RequestOutput", "SamplingParams", "SchedulerConfig",
+]

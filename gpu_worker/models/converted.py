@@ -1,0 +1,89 @@
+"""Where converted checkpoints stand: made once, under a lock, beside their place, then renamed.
+
+Used by the short-lived children that fetch and convert models.  Imports nothing heavy: a
+start that finds everything in place must cost nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Callable
+
+from protocol.run_dir import cache_dir
+
+
+class ConversionError(RuntimeError):
+    """The model cannot be fetched or converted; the message is for the user."""
+
+
+def models_dir() -> Path:
+    return cache_dir() / "models"
+
+
+def converted(source: Path, version: str, convert: Callable[[Path, Path], None]) -> Path:
+    """The checkpoint made of the file ``source``, keyed by its content and ``version``."""
+    name = f"{source.stem}-{content_hash(source)[:16]}-{version}"
+    return make_once(name, lambda target: convert(source, target))
+
+
+def make_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The directory ``name`` among the models; ``make`` fills a new one that then takes its place."""
+    place = models_dir() / name
+    if place.is_dir():
+        return place
+    models_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(models_dir() / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if place.is_dir():
+            return place
+        for left_over in models_dir().glob(".making-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        beside = Path(tempfile.mkdtemp(prefix=".making-", dir=models_dir()))
+        try:
+            make(beside)
+            beside.rename(place)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return place
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file; remembered by its identity, since models are large."""
+    stat = path.stat()
+    identity = json.dumps([str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns])
+    memo = cache_dir() / "fingerprints" / hashlib.sha256(identity.encode()).hexdigest()
+    try:
+        return memo.read_text(encoding="ascii")
+    except OSError:
+        pass
+    digest = sha256(path)
+    memo.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = memo.with_name(f"{memo.name}.{os.getpid()}.tmp")
+    temporary.write_text(digest, encoding="ascii")
+    temporary.replace(memo)
+    return digest
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def report(what: str, resolve: Callable[[], Path]) -> int:
+    """Print the directory, or one line that says why there is none; the exit code."""
+    try:
+        print(resolve())
+    except (ConversionError, OSError) as error:
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{error.strerror or error}: {error.filename or cache_dir()}"
+        print(f"folovllm: {what}: {reason}", file=sys.stderr)
+        return 1
+    return 0
