@@ -96,11 +96,13 @@ def _check_admission(admission: Admission, states: RequestStates, counts: _Count
 
 
 def _check_lists(admission: Admission, states: RequestStates, name: str) -> TokenLists:
-    lengths = i32_column(admission.params.bad_words_lengths, name=f"{name}: bad_words")
+    params = admission.params
+    for column in ("allowed_token_ids", "logit_bias_ids", "stop_token_ids", "eos_token_ids", "bad_words_ids"):
+        _require(_within(i32_column(getattr(params, column), name=f"{name}: {column}"), states.vocab_size),
+                 f"{name}: {column} name a token id not in [0, {states.vocab_size})")
+    lengths = i32_column(params.bad_words_lengths, name=f"{name}: bad_words")
     _require(not len(lengths) or int(lengths.min()) >= 1, f"{name}: a bad word without tokens")
-    lists = TokenLists.of(admission.params)
-    _require(_within(lists.all_ids(), states.vocab_size), f"{name}: params name a token id not in [0, {states.vocab_size})")
-    return lists
+    return TokenLists.of(params)
 
 
 def _check_growth(grow: np.ndarray, states: RequestStates, counts: _Counts) -> None:

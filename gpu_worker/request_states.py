@@ -60,12 +60,6 @@ class TokenLists:
         """Whether some of them act on the logits of every token."""
         return self.allowed is not None or len(self.bias_ids) > 0 or len(self.bad_last) > 0
 
-    def all_ids(self) -> np.ndarray:
-        """Every token id that is named, for the check of the plan."""
-        allowed = self.bias_ids if self.allowed is None else self.allowed
-        prefix_ids = self.bad_prefixes[self.bad_prefixes != ANY_TOKEN]
-        return np.concatenate((allowed, self.bias_ids, self.end_ids, prefix_ids, self.bad_last))
-
 
 def _params_row(params: TokenParams, lists: TokenLists, seed: int) -> tuple:
     """One value for each field of ``PARAMS_DTYPE``, in its order."""

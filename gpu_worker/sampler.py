@@ -33,14 +33,20 @@ def sample(logits: Tensor, rows: SamplingRows) -> Sampled:
     """``logits`` float32 [at least n, vocab_size], row r for ``rows[r]``; not changed."""
     num_rows = len(rows.req_idx)
     largest, token_ids = logits[:num_rows].max(dim=-1)       # the first of equal ones, and NaN wherever there is one
-    errors = torch.where(torch.isfinite(largest), 0, int(RowError.NAN_LOGITS))
+    errors = _errors(largest, allowed_none=RowError.NAN_LOGITS)
     special = np.flatnonzero(rows.changed() | ~rows.params["greedy"])
     if len(special):
         place = torch.from_numpy(special).to(logits.device)
-        sampled, empty = _sample_special(_padded_copy(logits, place), rows.take(special))
-        token_ids[place] = sampled
-        errors[place] = torch.where((errors[place] == 0) & empty, int(RowError.EMPTY_MASK), errors[place])
+        sampled = _sample_special(_padded_copy(logits, place), rows.take(special))
+        token_ids[place] = sampled.token_ids
+        errors[place] = torch.where(errors[place] == 0, sampled.errors, errors[place])
     return Sampled(token_ids, errors)
+
+
+def _errors(largest: Tensor, allowed_none: RowError) -> Tensor:
+    """By a row's largest logit: NaN and infinity are errors, and so is a row of nothing but -inf."""
+    bad = torch.where(largest == float("-inf"), int(allowed_none), int(RowError.NAN_LOGITS))
+    return torch.where(torch.isfinite(largest), 0, bad)
 
 
 def _padded_copy(logits: Tensor, rows: Tensor) -> Tensor:
@@ -53,20 +59,20 @@ def _padded_copy(logits: Tensor, rows: Tensor) -> Tensor:
     return copy
 
 
-def _sample_special(logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
-    """(token ids, whether no token was allowed); ``logits`` is used up."""
+def _sample_special(logits: Tensor, rows: SamplingRows) -> Sampled:
+    """Rows that are changed or random; ``logits`` is used up."""
     changed = np.flatnonzero(rows.changed())
     if len(changed):
         _on_rows(logits, changed, lambda part: change_logits(part, rows.take(changed)))
     largest, token_ids = logits.max(dim=-1)
-    empty = largest == float("-inf")
+    errors = _errors(largest, allowed_none=RowError.EMPTY_MASK)
     random = np.flatnonzero(~rows.params["greedy"])
     if len(random) == len(token_ids):
-        return _sample_random(logits, largest, rows), empty
+        return Sampled(_sample_random(logits, largest, rows), errors)
     if len(random):
         place = torch.from_numpy(random).to(logits.device)
         token_ids[place] = _sample_random(logits[place], largest[place], rows.take(random))
-    return token_ids, empty
+    return Sampled(token_ids, errors)
 
 
 def _sample_random(logits: Tensor, largest: Tensor, rows: SamplingRows) -> Tensor:
