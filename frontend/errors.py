@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 
-class EngineNotRunning(ConnectionError):
-    """No engine runs at this run directory; the message names it and says what to do."""
+class EngineError(RuntimeError):
+    """Something on the engine's side; the message says what and, where possible, what to do."""
 
 
-class EngineDead(RuntimeError):
+class EngineNotRunning(EngineError, ConnectionError):
+    """No engine runs at this run directory, or it could not start."""
+
+
+class EngineDead(EngineError):
     """The engine ended, or lost a process, while requests were open."""
 
 
-class RequestFailed(RuntimeError):
+class RequestFailed(EngineError):
     """One request failed in the engine; ``code`` is its kind: "row_error", "memory", …"""
 
     def __init__(self, code: str, message: str) -> None:

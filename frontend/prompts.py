@@ -121,6 +121,25 @@ def make_jobs(prompts: Sequence[Any], make: Any) -> list[Job]:
     return jobs
 
 
+def one_job(make: Any, prompt: Any, params: SamplingParams | None, default: SamplingParams, priority: int) -> Job:
+    """The single job of a stream."""
+    if isinstance(params, (list, tuple)):
+        raise BadRequest("params", "was a list; allowed for one prompt: SamplingParams")
+    return with_params([make(prompt)], params, default, priority)[0]
+
+
+def labels(request_ids: Sequence[str] | None, count: int) -> list[str] | None:
+    """The caller's own request ids, one per prompt, each once."""
+    if request_ids is None:
+        return None
+    if len(request_ids) != count or not all(isinstance(label, str) and label for label in request_ids):
+        raise BadRequest("request_ids", f"{len(request_ids)} were given for {count} prompts; allowed:"
+                         " one non-empty string per prompt")
+    if len(set(request_ids)) != count:
+        raise BadRequest("request_ids", "contains one twice; allowed: each once")
+    return list(request_ids)
+
+
 def at_index(error: BadRequest, index: int, count: int) -> BadRequest:
     """The same error, saying which of several prompts it is about."""
     if count == 1:
