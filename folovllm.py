@@ -11,7 +11,7 @@ _root = str(Path(__file__).resolve().parent)
 sys.path.insert(0, _root)
 try:
     from frontend.client import AsyncClient, Client
-    from frontend.errors import EngineDead, EngineError
+    from frontend.errors import EngineDead, EngineNotRunning, RequestFailed
     from frontend.llm_engine import LLM, LLMEngine
     from frontend.outputs import CompletionOutput, RequestOutput
     from protocol.config import ModelConfig, SchedulerConfig
@@ -21,6 +21,6 @@ finally:
 
 __version__ = "0.1.0"
 __all__ = [
-    "AsyncClient", "BadRequest", "Client", "CompletionOutput", "EngineDead", "EngineError", "LLM",
-    "LLMEngine", "ModelConfig", "RequestOutput", "SamplingParams", "SchedulerConfig",
+    "AsyncClient", "BadRequest", "Client", "CompletionOutput", "EngineDead", "EngineNotRunning", "LLM",
+    "LLMEngine", "ModelConfig", "RequestFailed", "RequestOutput", "SamplingParams", "SchedulerConfig",
 ]
