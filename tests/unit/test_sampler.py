@@ -243,6 +243,31 @@ def test_draw_at_the_ends_of_the_noise() -> None:
     assert draw(weights, noise).tolist() == [7, 1023, 2000, 1024]
 
 
+def test_draw_where_rounding_leaves_nothing_above_the_target() -> None:
+    """The sum of a tile and the running sum inside it round differently; the last id of any weight is taken."""
+    weights = torch.zeros(500, 2048)
+    weights[:, 3:900] = torch.rand(500, 897, generator=torch.Generator().manual_seed(0))
+    drawn = draw(weights, torch.full((500,), 1 - 2.0**-53, dtype=torch.float64))
+    assert drawn.tolist().count(899) > 450 and int(drawn.min()) > 890
+
+
+def test_bad_words_look_at_the_output_alone() -> None:
+    wanted = params(temperature=0.0, bad_words=[[5, 6, 7]])
+    logits = torch.zeros(4, VOCAB)
+    logits[:, 7] = 1.0
+    sequences = [([1, 5, 6], 1), ([1, 5, 6], 2), ([5, 6], 2), ([1, 6], 1)]      # (tokens, prompt_len)
+    found = sample(logits, rows_of([(wanted, token_ids, prompt_len, 0) for token_ids, prompt_len in sequences])).token_ids
+    assert found.tolist() == [0, 7, 7, 7]
+
+
+def test_min_tokens_ends_at_its_number() -> None:
+    wanted = params(temperature=0.0, min_tokens=3, eos_token_ids=[9], stop_token_ids=[8])
+    logits = torch.zeros(5, VOCAB)
+    logits[:, 9], logits[:, 8] = 2.0, 1.0
+    found = sample(logits, rows_of([(wanted, [1, 1] + [5] * n, 2, 0) for n in range(5)])).token_ids
+    assert found.tolist() == [0, 0, 0, 9, 9]
+
+
 def test_noise_is_uniform_and_independent_of_neighbours() -> None:
     seeds, positions = np.repeat(np.arange(300, dtype=np.uint64), 300), np.tile(np.arange(300), 300)
     values = uniforms(seeds, positions)
