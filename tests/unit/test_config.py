@@ -1,0 +1,65 @@
+"""Settings: one definition, four spellings (struct, flag, environment, keyword)."""
+
+import argparse
+
+import pytest
+
+from protocol import config as settings
+from protocol.config import ConfigError, EngineConfig, ModelConfig, SchedulerConfig
+
+
+def parse(*arguments: str, environ: dict[str, str] | None = None) -> EngineConfig:
+    parser = argparse.ArgumentParser()
+    settings.add_arguments(parser)
+    return settings.from_arguments(parser.parse_args(arguments), environ or {})
+
+
+def test_every_field_has_a_flag_a_unit_and_an_environment_twin():
+    parser = argparse.ArgumentParser()
+    settings.add_arguments(parser)
+    help_text = " ".join(parser.format_help().split())
+    for name, (_section, _kind, _default, text) in settings.fields().items():
+        assert text, name
+        assert "--" + name.replace("_", "-") in help_text
+        assert f"FOLOVLLM_{name.upper()}" in help_text
+
+
+def test_flags_win_over_environment_over_defaults():
+    environ = {"FOLOVLLM_MAX_NUM_SEQS": "5", "FOLOVLLM_DTYPE": "float32", "FOLOVLLM_ENABLE_PREFIX_CACHING": "0"}
+    config = parse("--max-num-seqs", "7", environ=environ)
+    assert config.scheduler.max_num_seqs == 7
+    assert config.model.dtype == "float32"
+    assert config.scheduler.enable_prefix_caching is False
+    assert config.scheduler.scheduling_policy == "fcfs"
+
+
+def test_arguments_give_the_config_back():
+    config = settings.from_values({"max_num_seqs": 3, "enable_prefix_caching": False, "model": "/a b", "watermark": 0.25,
+                                   "window": 2, "run_dir": "/tmp/x", "seed": 1})
+    assert parse(*settings.to_arguments(config)) == config
+    assert settings.to_arguments(EngineConfig()) == []
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"max_num_seqs": 0}, "max_num_seqs: was 0; expected `int` >= 1"),
+    ({"dtype": "int3"}, "dtype: was 'int3'; allowed: auto, float32, bfloat16, float16"),
+    ({"window": 3}, "window: was 3"),
+    ({"window": "x"}, "window: was 'x'"),
+    ({"block_size": 16}, "block_size: was 16; allowed: 32"),
+    ({"max_num_seq": 1}, "max_num_seq: no such setting; allowed: "),
+])
+def test_wrong_settings_are_named(values, message):
+    with pytest.raises(ConfigError) as caught:
+        settings.from_values(values)
+    assert str(caught.value).startswith(message)
+
+
+def test_wrong_environment_is_named():
+    with pytest.raises(ConfigError, match="FOLOVLLM_WINDOW: was 'two'; allowed: int"):
+        parse(environ={"FOLOVLLM_WINDOW": "two"})
+
+
+def test_keywords_reach_every_section():
+    config = settings.from_values({"log_level": "info"}, EngineConfig(model=ModelConfig(dtype="float32"),
+                                                                      scheduler=SchedulerConfig(max_num_seqs=2)))
+    assert (config.model.dtype, config.scheduler.max_num_seqs, config.run.log_level) == ("float32", 2, "info")
