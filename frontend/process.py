@@ -16,6 +16,7 @@ import logging
 import re
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -24,7 +25,7 @@ from frontend.chat_template import ChatTemplate
 from frontend.detokenizer import Detokenizer
 from frontend.engine_client import EngineClient
 from frontend.intake import Intake, Limits
-from frontend.session import Session, derived_seed
+from frontend.session import MakeDetokenizer, Session, derived_seed
 from frontend.tokenize_queue import Arrival, Result, TokenizeQueue
 from frontend.tokenizer import Tokenizer
 from protocol.child import ChildContext, start_child
@@ -46,13 +47,8 @@ log = logging.getLogger(__name__)
 class FrontendProcess:
     """Sockets and timers; decisions are made elsewhere."""
 
-    def __init__(self, context: ChildContext) -> None:
-        self.context, self.page, config = context, context.page, context.config
-        self.page.set("state", State.LOADING)
-        tokenizer = Tokenizer(config.model_dir)
-        self.template = ChatTemplate.load(config.model_dir, tokenizer)
-        self.eos_token_ids = tokenizer.eos_token_ids
-        self.intake = Intake(tokenizer, self.template, config)
+    def __init__(self, context: ChildContext, intake: Intake, make_detokenizer: MakeDetokenizer) -> None:
+        self.context, self.page, self.intake = context, context.page, intake
         self.limits: Limits | None = None             # None until the engine is ready
         self.greeted: EngineReady | None = None       # the one that ``limits`` were taken from
         self.queue = TokenizeQueue(lambda generate: self.intake.prepare(generate, self.limits))
@@ -61,8 +57,7 @@ class FrontendProcess:
         self.link = Link(zmq_context, context.run_dir.core_socket, context.routing_id)
         self.core = EngineClient(self.link, context.routing_id, context.epoch)
         self.session = Session(
-            self.core, functools.partial(Detokenizer, tokenizer),
-            functools.lru_cache(65_536)(tokenizer.token_text),
+            self.core, make_detokenizer, functools.lru_cache(65_536)(intake.tokenizer.token_text),
             lambda: self.core.ready.numerics_fingerprint)
         self.connecting: set[bytes] = set()           # clients that wait for Welcome
         self.last_arrival_ns = 0
@@ -167,7 +162,7 @@ class FrontendProcess:
         if ready is self.greeted:
             return
         first, self.greeted = self.greeted is None, ready
-        eos = set(self.eos_token_ids) | set(i32_column(ready.eos_token_ids).tolist())
+        eos = set(self.intake.tokenizer.eos_token_ids) | set(i32_column(ready.eos_token_ids).tolist())
         self.limits = Limits(ready.vocab_size, ready.max_model_len, tuple(sorted(eos)))
         self.page.set("vocab_size", ready.vocab_size)
         self.page.set("max_model_len", ready.max_model_len)
@@ -213,7 +208,7 @@ class FrontendProcess:
     def _welcome(self, client: bytes) -> None:
         self._send(client, Welcome(
             PROTOCOL_VERSION, self.context.config.model_name, self.limits.max_model_len,
-            self.limits.vocab_size, self.template is not None, self.core.ready.numerics_fingerprint))
+            self.limits.vocab_size, self.intake.template is not None, self.core.ready.numerics_fingerprint))
 
     def _generate(self, client: bytes, generate: Generate, frame: bytes) -> None:
         key = generate.key
@@ -268,10 +263,19 @@ def explain_reject(frame: bytes, reason: str) -> tuple[bytes | None, str, str]:
     return (key if len(key) == 16 else None), field, reason
 
 
+def load(context: ChildContext) -> FrontendProcess:
+    """The frontend of the model that ``context`` names."""
+    context.page.set("state", State.LOADING)
+    model_dir = Path(context.config.model_dir)
+    tokenizer = Tokenizer(model_dir)
+    intake = Intake(tokenizer, ChatTemplate.load(model_dir, tokenizer), context.config)
+    return FrontendProcess(context, intake, functools.partial(Detokenizer, tokenizer))
+
+
 def main() -> int:
     context = start_child("frontend")
     try:
-        frontend = FrontendProcess(context)
+        frontend = load(context)
     except Exception as error:
         context.page.set_text("error", f"{type(error).__name__}: {error}")
         context.page.set("state", State.FAILED)

@@ -153,6 +153,7 @@ class Session:
         known = len(child.token_ids) - out.offset
         if known < 0:
             return False
+        request.accepted = True
         new = out.token_ids[known:]
         if out.cached_tokens >= 0 and child.index == 0:
             request.cached_tokens = out.cached_tokens
@@ -170,7 +171,6 @@ class Session:
             if out.finish is Finish.NONE:    # a stop string: the core does not know yet
                 self._core.abort(request, child)
         if request.streams_text or child.finish is not Finish.NONE:
-            request.accepted = True
             self._dirty[request] = None
         return True
 
@@ -183,6 +183,7 @@ class Session:
         if 0 <= known < len(ids):
             request.prompt_logprobs.append(ids[known:], values[known:], ranks[known:])
             request.prompt_rows += len(ids) - known
+            request.accepted = True
             self._dirty[request] = None
 
     def event(self, stream: int, kind: EventKind, time_ns: int) -> None:
