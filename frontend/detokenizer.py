@@ -56,14 +56,15 @@ class Detokenizer:
 class _Decoder:
     """Ids to text: the difference of two decodings of a short window.
 
-    ``_ids[_context:_read]`` has been given out and is kept, since a decoder may treat the
-    first word of what it gets otherwise; both ends stand between whole characters.
+    ``_ids[:_read]`` has been given out and is kept, since a decoder may treat the first word
+    of what it gets otherwise; it ends between whole characters.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_tail: list[int], skip_special_tokens: bool) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._ids = prompt_tail
         self._read = len(prompt_tail)
+        self._beyond = 0             # characters given out of the tokens behind _read
 
     def push(self, token_ids: list[int]) -> str:
         self._ids.extend(token_ids)
@@ -75,11 +76,14 @@ class _Decoder:
     def _new_text(self, flushing: bool) -> str:
         known = self._decode(self._ids[:self._read]).rstrip(INCOMPLETE)    # a prompt may end in half a character
         text = self._decode(self._ids)
-        if len(text) <= len(known) or (text.endswith(INCOMPLETE) and not flushing):
-            return ""
-        self._ids = self._ids[self._read:]
-        self._read = len(self._ids)
-        return text[len(known):]
+        certain = text if flushing else text.rstrip(INCOMPLETE)
+        new = certain[len(known) + self._beyond:]
+        if len(certain) == len(text) > len(known):
+            self._ids = self._ids[self._read:]
+            self._read, self._beyond = len(self._ids), 0
+        else:
+            self._beyond += len(new)
+        return new
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip)
