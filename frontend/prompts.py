@@ -95,7 +95,8 @@ def with_params(
         raise BadRequest("params", f"{len(params)} were given for {len(jobs)} prompts;"
                          " allowed: one for all, or one per prompt")
     if isinstance(priority, (list, tuple)) and len(priority) != len(jobs):
-        raise BadRequest("priority", f"{len(priority)} were given for {len(jobs)} prompts")
+        raise BadRequest("priority", f"{len(priority)} were given for {len(jobs)} prompts; allowed: one for all,"
+                         " or one per prompt")
     for i, job in enumerate(jobs):
         own = params[i] if isinstance(params, (list, tuple)) else params
         own = default if own is None else own

@@ -20,9 +20,13 @@ ROLE_ORDER = ("launch", "core", "worker", "frontend")
 def process_state(pid: int) -> str | None:
     """None while the process runs or sleeps, else "dead" (a zombie too) or "stopped"."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return state_of(Path(f"/proc/{pid}/stat").read_text())
     except OSError:
         return "dead"
+
+
+def state_of(stat: str) -> str | None:
+    """The same of the text of /proc/PID/stat; the name in it may hold anything."""
     letter = stat.rsplit(")", 1)[1].split()[0]
     if letter in "ZXx":
         return "dead"

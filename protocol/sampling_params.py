@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from protocol.codec import f32_bytes, i32_bytes, i32_column
+from protocol.codec import f32_bytes, f32_column, i32_bytes, i32_column
 
 MAX_N = 16
 MAX_LOGPROBS = 20
@@ -143,6 +143,20 @@ def to_wire(params: SamplingParams) -> WireParams:
         include_stop_str_in_output=params.include_stop_str_in_output, detokenize=params.detokenize)
 
 
+def from_wire(wire: WireParams) -> SamplingParams:
+    """The user's form again: what a client sends is checked as if a user had written it."""
+    bias_ids = i32_column(wire.logit_bias_ids, name="logit_bias").tolist()
+    bias = dict(zip(bias_ids, f32_column(wire.logit_bias_values, len(bias_ids), "logit_bias").tolist()))
+    if len(bias) < len(bias_ids):
+        raise BadRequest("logit_bias", "names a token id twice; allowed: each once")
+    fields = {field: getattr(wire, field) for field in WireParams.__struct_fields__
+              if field not in ("logit_bias_ids", "logit_bias_values")}
+    allowed = None if wire.allowed_token_ids is None else i32_column(wire.allowed_token_ids).tolist()
+    return SamplingParams(**fields | {
+        "logit_bias": bias, "allowed_token_ids": allowed,
+        "stop_token_ids": i32_column(wire.stop_token_ids, name="stop_token_ids").tolist()})
+
+
 def resolve(
     wire: WireParams, *, vocab_size: int, prompt_len: int, max_model_len: int,
     defaults: dict[str, Any] | None = None, bad_words_ids: list[list[int]] = (),
@@ -152,6 +166,7 @@ def resolve(
 
     ``defaults``: sampling values of the model's generation_config.  Raises BadRequest.
     """
+    from_wire(wire)
     chosen = {}
     for field, fallback in DEFAULTS.items():
         value = getattr(wire, field)
@@ -165,8 +180,12 @@ def resolve(
     check_token_ids("logit_bias", bias_ids, vocab_size)
     if wire.allowed_token_ids is not None:
         check_token_ids("allowed_token_ids", i32_column(wire.allowed_token_ids), vocab_size)
+    max_tokens = check_lengths(prompt_len, wire.max_tokens, max_model_len)
+    if wire.min_tokens > max_tokens:
+        raise BadRequest("min_tokens", f"was {wire.min_tokens}; the prompt of {prompt_len} tokens leaves room for"
+                         f" {max_tokens} of max_model_len = {max_model_len}")
     return TokenParams(
-        max_tokens=check_lengths(prompt_len, wire.max_tokens, max_model_len),
+        max_tokens=max_tokens,
         min_tokens=wire.min_tokens, presence_penalty=wire.presence_penalty,
         frequency_penalty=wire.frequency_penalty, ignore_eos=wire.ignore_eos,
         stop_token_ids=wire.stop_token_ids, logit_bias_ids=wire.logit_bias_ids,
