@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 TILE = 1024
-FIRST_SORTED = 256       # tokens that top_p sorts at first; 8 times as many where they do not reach p
+FIRST_SORTED = 256       # tokens that top_p sorts at first; all of them where these do not reach p
+MOST_BY_TOPK = 512
 
 
-def keep_top_k(logits: Tensor, top_k: np.ndarray) -> None:
-    """Everything below the k-th largest becomes -inf, in place; ties with it stay."""
-    largest = logits.topk(int(top_k.max()), dim=-1).values
-    least = largest.gather(1, torch.from_numpy(top_k.astype(np.int64) - 1).to(logits.device)[:, None])
-    logits.masked_fill_(logits < least, float("-inf"))
+def below_top_k(logits: Tensor, top_k: np.ndarray) -> Tensor:
+    """bool [n, width]: everything below the k-th largest; ties with it are not."""
+    largest = _largest(logits, int(top_k.max()))
+    return logits < largest.gather(1, torch.from_numpy(top_k.astype(np.int64) - 1).to(logits.device)[:, None])
 
 
 def keep_min_p(weights: Tensor, min_p: Tensor) -> None:
@@ -31,33 +31,37 @@ def keep_min_p(weights: Tensor, min_p: Tensor) -> None:
 def keep_top_p(weights: Tensor, top_p: Tensor) -> None:
     """The smallest set of most probable tokens (ties by lowest id) whose share reaches ``top_p``
     (float64 [n]) stays; the others become 0, in place."""
-    target = top_p * tile_ends(weights)[:, -1]
+    width = weights.shape[1]
+    target = (top_p * tile_ends(weights)[:, -1])[:, None]
+    least = weights.new_empty(len(weights), 1)                       # the smallest weight that stays
+    ties = torch.full_like(least, width, dtype=torch.int64)          # how many weights equal to it stay
     rows = torch.arange(len(weights), device=weights.device)
-    size = FIRST_SORTED
-    while len(rows):
-        size = min(size, weights.shape[1])
-        left = _cut(weights, rows, target[rows], size)
-        rows, size = rows[left], size * 8
-
-
-def _cut(weights: Tensor, rows: Tensor, target: Tensor, size: int) -> Tensor:
-    """Cuts those of ``rows`` whose ``size`` largest weights suffice; bool [rows]: those left over."""
-    of_rows = weights if len(rows) == len(weights) else weights[rows]
-    largest = of_rows.topk(size, dim=-1).values
-    before = (largest.double().cumsum(-1) < target[:, None]).sum(-1)       # tokens that do not reach it
-    whole = size == weights.shape[1]
-    left = torch.zeros_like(before, dtype=torch.bool) if whole else before >= size - 1
-    least = largest.gather(1, before.clamp(max=size - 1)[:, None])
-    following = largest.gather(1, (before + 1).clamp(max=size - 1)[:, None])
-    cut = of_rows.masked_fill(of_rows < least, 0.0)
-    tied = ((following == least)[:, 0] & ~left & (before + 1 < size)).nonzero()[:, 0]
+    for size in (min(FIRST_SORTED, width), width):
+        largest = _largest(weights if len(rows) == len(weights) else weights[rows], size)
+        count = 1 + (largest.double().cumsum(-1) < target[rows]).sum(-1, keepdim=True)     # tokens that reach it
+        least[rows] = largest.gather(1, (count - 1).clamp(max=size - 1))
+        following = largest.gather(1, count.clamp(max=size - 1))
+        ties[rows] = torch.where(following == least[rows], count - (largest > least[rows]).sum(-1, keepdim=True), width)
+        rows = rows[count[:, 0] >= size]                             # not reached, or what follows is not known
+        if not len(rows):
+            break
+    weights.masked_fill_(weights < least, 0.0)
+    tied = (ties < width).nonzero()[:, 0]
     if len(tied):
-        allowed = before[tied] + 1 - (largest[tied] > least[tied]).sum(-1)
-        equal = cut[tied] == least[tied]
-        cut[tied] = cut[tied].masked_fill(equal & (equal.cumsum(-1) > allowed[:, None]), 0.0)
-    done = ~left
-    weights[rows[done]] = cut[done]
-    return left
+        equal = weights[tied] == least[tied]
+        weights[tied] = weights[tied].masked_fill(equal & (equal.cumsum(-1) > ties[tied]), 0.0)
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """[n, count]: the largest values of each row, descending.
+
+    Many of them on a CPU by numpy, whose sort is vectorized (of values alone: which id has
+    them does not matter): 7 ms for 64 rows of 49,152 where topk takes 38.
+    """
+    if count <= MOST_BY_TOPK or not values.is_cpu:
+        return values.topk(count, dim=-1).values
+    ascending = np.sort(values.numpy(), axis=-1)
+    return torch.from_numpy(ascending[:, :-count - 1:-1].copy())
 
 
 def tile_ends(weights: Tensor) -> Tensor:
