@@ -35,7 +35,7 @@ NO_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory"
 
 
 class ModelRunner:
-    """``execute(plan) -> StepResult``; never raises for what a plan or a model does."""
+    """``execute(plan) -> StepResult``; raises only when the accelerator itself is lost."""
 
     def __init__(self, model: LoadedModel, kv: KVCache, states: RequestStates, buckets: RowBuckets) -> None:
         self.model, self.kv, self.states, self.buckets = model, kv, states, buckets
@@ -48,7 +48,9 @@ class ModelRunner:
         self._failed_step = None
         try:
             return self._run(plan)
-        except Exception as error:  # whatever a step does, the core must hear of it
+        except torch.AcceleratorError:   # every later call would fail too, and innocent requests be blamed
+            raise
+        except Exception as error:  # whatever else a step does, the core must hear of it
             self._failed_step = plan.step_id
             status = _status_of(error)
             logger.error("step %d failed (%s)", plan.step_id, status.name, exc_info=error)

@@ -39,9 +39,12 @@ def main() -> int:
     context.page.set("state", State.LOADING)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVE_CACHE)
     try:
-        worker = _load(context)
+        return _serve(context, _load(context))
     except Exception as error:  # whatever it is, launch.py and the user must hear of it
         return _failed(context, error)
+
+
+def _serve(context: ChildContext, worker: LoadedWorker) -> int:
     zmq_context = new_context()
     link = Link(zmq_context, context.run_dir.worker_socket, context.routing_id)
     try:
@@ -68,9 +71,10 @@ def _load(context: ChildContext) -> LoadedWorker:
 
 
 def _failed(context: ChildContext, error: Exception) -> int:
-    expected = isinstance(error, (ValueError, OSError, MemoryError))     # settings, files, memory: not our own bug
+    loading = context.page.get("state") == State.LOADING
+    expected = loading and isinstance(error, (ValueError, OSError, MemoryError))    # settings, files, memory: not our own bug
     text = str(error) or type(error).__name__
-    logger.error("cannot start: %s", text, exc_info=None if expected else error)
+    logger.error("%s", text, exc_info=None if expected else error)
     context.page.set_text("error", text)
     context.page.set("state", State.FAILED)
     return 1

@@ -265,6 +265,14 @@ def test_failed_step_is_skipped_until_restart(model: LoadedModel, error: Excepti
     assert sampled(driver.step({0: 1}))[0] == whole[2]
 
 
+def test_lost_accelerator_is_no_matter_of_the_step(model: LoadedModel) -> None:
+    faulty = FaultyModel(model)
+    faulty.raises = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    driver = Driver(faulty)
+    with pytest.raises(torch.AcceleratorError):
+        driver.step({0: 5}, [driver.admit(0, prompt(5), WANTED["greedy"])])
+
+
 def test_restart_forgets_rows_that_it_does_not_admit(model: LoadedModel) -> None:
     faulty = FaultyModel(model)
     driver, wanted = Driver(faulty), WANTED["greedy"]
