@@ -10,6 +10,7 @@ process is gone.  Use a ``Client`` from one thread at a time (they are cheap: on
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -184,7 +185,7 @@ class Client(ClientConnection):
             if left_s <= 0:
                 return False
             events = zmq.POLLIN | (zmq.POLLOUT if self.session.outbox else 0)
-            self._link.socket.poll(1000 * left_s, events)
+            self._link.socket.poll(math.ceil(1000 * left_s), events)
             self._pull()
             self._look()
         return True
@@ -207,8 +208,9 @@ class AsyncTokenStream(AsyncIterator[OutputDelta]):
     async def __anext__(self) -> OutputDelta:
         request = self._request
         if request is None:
+            news = self._news      # the event alone: a request must not keep its stream from being dropped
             request = self._request = await self._client._submit(
-                self._job, on_news=lambda _: self._news.set(), **self._options)
+                self._job, on_news=lambda _: news.set(), **self._options)
         await self._client._wait(self._news, lambda: request.deltas or request.ended)
         if request.deltas:
             return request.deltas.popleft()

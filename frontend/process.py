@@ -13,6 +13,7 @@ import functools
 import gc
 import hashlib
 import logging
+import math
 import re
 import sys
 import time
@@ -73,7 +74,7 @@ class FrontendProcess:
         for source in (self.clients.socket, self.link.socket, self.context.lifeline.fd, self.queue.wake_fd):
             poller.register(source, zmq.POLLIN)
         while True:
-            poller.poll(1000 * self._sleep_s())
+            poller.poll(math.ceil(1000 * self._sleep_s()))     # ms; rounded down it would spin
             if not self._control():
                 return 0
             self._from_clients()
