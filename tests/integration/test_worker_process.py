@@ -125,6 +125,19 @@ def test_handshake_steps_and_drain(harness: Harness) -> None:
     assert harness.process.wait(TIMEOUT_S) == 0
 
 
+def test_second_plan_is_sent_before_the_first_result(harness: Harness) -> None:
+    """Window 2: the second plan was made without knowing the token that it computes."""
+    harness.receive()
+    harness.greet()
+    plans = [new_request(0, [5, 6, 7]), decode(1, 3), decode(2, 4)]
+    one_by_one = [harness.run(plan).token_ids for plan in plans]
+    for plan in plans:
+        harness.send(plan)
+    results = [harness.receive() for _ in plans]
+    assert [result.step_id for result in results] == [0, 1, 2]
+    assert [result.token_ids for result in results] == one_by_one
+
+
 def test_failed_step_is_followed_by_skipped_ones(harness: Harness) -> None:
     harness.receive()
     harness.greet()
