@@ -59,7 +59,7 @@ class FrontendProcess:
         self.core = EngineClient(self.link, context.routing_id, context.epoch)
         self.session = Session(
             self.core, make_detokenizer, functools.lru_cache(65_536)(intake.tokenizer.token_text),
-            lambda: self.core.ready.numerics_fingerprint)
+            lambda: self.core.ready.numerics_fingerprint, context.config.run.stream_interval)
         self.connecting: set[bytes] = set()           # clients that wait for Welcome
         self.last_arrival_ns = 0
         self.refuse_as: Finish | None = None          # why no new request is taken

@@ -68,7 +68,9 @@ class Session:
     """All open requests, by client key and by stream."""
 
     def __init__(self, core: CoreCommands, make_detokenizer: MakeDetokenizer,
-                 text_of: Callable[[int], str], fingerprint: Callable[[], str]) -> None:
+                 text_of: Callable[[int], str], fingerprint: Callable[[], str],
+                 stream_interval: int = 1) -> None:
+        self._stream_interval = stream_interval      # tokens: the engine's own, clients may ask for more
         self._core, self._make_detokenizer = core, make_detokenizer
         self._text_of, self._fingerprint = text_of, fingerprint
         self._requests: dict[tuple[bytes, bytes], OpenRequest] = {}       # (client, key)
@@ -86,7 +88,7 @@ class Session:
             client=client, key=generate.key, core_key=core_key(client, generate.key),
             attach_no=generate.attach_no, prompt_ids=prompt_ids, wire=generate.params, params=params,
             priority=generate.priority, output_kind=generate.output_kind,
-            stream_interval=generate.stream_interval, cache_salt=generate.cache_salt,
+            stream_interval=max(generate.stream_interval, self._stream_interval), cache_salt=generate.cache_salt,
             request_hash=request_hash, arrival_ns=arrival_ns)
         self._requests[client, generate.key] = request
         for index in range(generate.params.n):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from frontend.session import Session, StreamOutput, core_key, mix_seed
@@ -225,6 +226,14 @@ def test_final_is_silent_until_its_end(ledger: Ledger) -> None:
     delta, = ledger.flush()
     assert (ids(delta.token_ids), delta.text) == ([1, 2, 3], "abc")
     assert ledger.open(key=3, output_kind=OutputKind.FINAL).core_output == (OutputKind.FINAL, 1)
+
+
+@pytest.mark.parametrize(("engines", "clients", "used"), [(1, 1, 1), (4, 1, 4), (4, 9, 9)])
+def test_a_client_may_ask_for_rarer_deltas_than_the_engine_gives(engines: int, clients: int, used: int) -> None:
+    session = Session(RecordingCore(), FakeDetokenizer, text_of, lambda: "fp", engines)
+    message = msgspec.structs.replace(generate(), stream_interval=clients)
+    request = session.open(ALICE, message, PROMPT, resolved(message), seed=1, arrival_ns=1, request_hash=b"")
+    assert request.core_output == (OutputKind.DELTA, used)
 
 
 def test_a_long_whole_answer_is_sent_in_pieces(ledger: Ledger) -> None:
