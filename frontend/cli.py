@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
 
 from frontend.client import Client, TokenStream
-from frontend.errors import EngineError
+from frontend.errors import EngineError, RequestFailed
 from frontend.sampling_flags import add_sampling_arguments, sampling_params
 from frontend.status import no_engine, read_status
 from protocol.run_dir import locate
-from protocol.sampling_params import BadRequest
+from protocol.sampling_params import BadRequest, SamplingParams
 
 NOT_SHOWN = {"logprobs", "prompt_logprobs", "detokenize"}    # a terminal shows text alone
 COMPLETE_MAX_TOKENS = 128
@@ -110,20 +109,22 @@ def ask(terminal: bool) -> str | None:
             print("  (Ctrl-D leaves)")
 
 
-def answer(client: Client, messages: list[dict[str, str]], params: Any) -> None:
+def answer(client: Client, messages: list[dict[str, str]], params: SamplingParams) -> None:
     """Stream the answer and append it; an interrupted one stays as far as it came."""
+    stream = None
     try:
-        with client.chat(messages, params) as stream:
-            try:
-                show(stream)
-            except KeyboardInterrupt:
-                stream.close()
-                print("  (interrupted)")
-            messages.append({"role": "assistant", "content": stream.output.outputs[0].text})
-    except BadRequest as error:
+        stream = client.chat(messages, params)
+        show(stream)
+    except KeyboardInterrupt:
+        print("  (interrupted)")
+    except (BadRequest, RequestFailed) as error:
         messages.pop()
-        hint = "; /clear starts anew" if error.code == "context_length_exceeded" else ""
+        hint = "; /clear starts anew" if getattr(error, "code", "") == "context_length_exceeded" else ""
         print(f"folovllm: error: {error}{hint}", file=sys.stderr)
+        return
+    if stream is not None:
+        stream.close()
+        messages.append({"role": "assistant", "content": stream.output.outputs[0].text})
 
 
 def show(stream: TokenStream) -> None:

@@ -20,7 +20,7 @@ import zmq
 
 from frontend.client_connection import CONNECT_TIMEOUT_S, SILENCE_S, ClientConnection
 from frontend.client_session import Batch, PendingRequest
-from frontend.errors import EngineError, EngineNotRunning
+from frontend.errors import EngineNotRunning
 from frontend.outputs import OutputDelta, RequestOutput
 from frontend.prompts import (
     Job, Messages, Prompt, chat_job, conversations, labels, make_jobs, one_job, prompt_list, raw_job,

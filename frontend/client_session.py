@@ -28,8 +28,6 @@ from protocol.messages import (
 from protocol.sampling_params import BadRequest
 
 MAX_OPEN_CHILDREN = 2048     # of one batch at a time; the rest waits here, so no queue overflows
-ENGINE_CODES = {finish.name.lower() for finish in (
-    Finish.ROW_ERROR, Finish.MEMORY, Finish.CONVICTED, Finish.SUPERSEDED)} | {"overloaded", "internal", "not_ready"}
 DEAD_CODES = {finish.name.lower() for finish in (Finish.ENGINE_LOST, Finish.SHUTDOWN)}
 
 
@@ -248,9 +246,9 @@ class Batch:
 
 
 def _to_exception(error: Error) -> Exception:
-    """What an Error of the engine becomes for the user."""
+    """What an Error of the engine becomes for the user: what names a field is bad input."""
     if error.code in DEAD_CODES:
         return EngineDead(error.message)
-    if error.code in ENGINE_CODES:
-        return RequestFailed(error.code, error.message)
-    return BadRequest(error.field, error.message, error.code)
+    if error.field:
+        return BadRequest(error.field, error.message, error.code)
+    return RequestFailed(error.code, error.message)

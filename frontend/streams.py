@@ -37,7 +37,8 @@ class Child:
     __slots__ = ("index", "stream", "seed", "params", "detokenizer", "token_ids", "sent_tokens",
                  "text", "sent_chars", "logprobs", "finish", "stop_reason", "end_sent")
 
-    def __init__(self, index: int, stream: int, seed: int, params: TokenParams, detokenizer: Detokenizer | None) -> None:
+    def __init__(self, index: int, stream: int, seed: int, params: TokenParams,
+                 detokenizer: Detokenizer | None) -> None:
         self.index, self.stream, self.seed, self.params = index, stream, seed, params
         self.detokenizer = detokenizer       # None: the client wants no text
         self.token_ids = array("i")          # all output tokens so far

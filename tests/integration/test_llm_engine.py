@@ -164,7 +164,8 @@ print(engine.run_dir.lock_file.read_text(), engine.run_dir.path, flush=True)
 
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "SIGINT", "exit", "exception", "os._exit"])
 def test_however_the_program_ends_the_engine_ends(root: Path, end: str) -> None:
-    last = {"exit": "", "exception": "1 / 0", "os._exit": "import os; os._exit(1)"}.get(end, "import time; time.sleep(60)")
+    last = {"exit": "", "exception": "1 / 0", "os._exit": "import os; os._exit(1)"}.get(
+        end, "import time; time.sleep(60)")
     program = PROGRAM.format(root=str(ROOT), tests=str(HERE.parent), stand_in=str(root), end=last)
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                           text=True) as process:
@@ -180,14 +181,17 @@ def test_settings_have_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLOVLLM_MAX_NUM_SEQS", "5")
     monkeypatch.setenv("FOLOVLLM_WINDOW", "2")
     monkeypatch.setenv("FOLOVLLM_RUN_DIR", "/somewhere/else")
-    config = engine_config(ModelConfig(dtype="float32"), SchedulerConfig(max_num_seqs=7, window=1), {"window": 1, "seed": 3})
-    assert (config.model.dtype, config.model.seed, config.scheduler.max_num_seqs, config.scheduler.window) == ("float32", 3, 7, 1)
+    scheduler = SchedulerConfig(max_num_seqs=7, window=1)
+    config = engine_config(ModelConfig(dtype="float32"), scheduler, {"window": 1, "seed": 3})
+    assert (config.model.dtype, config.model.seed) == ("float32", 3)
+    assert (config.scheduler.max_num_seqs, config.scheduler.window) == (7, 1)
     assert config.run.run_dir is None                  # a private engine has its own
     assert engine_config(None, None, {}).scheduler.max_num_seqs == 5
     assert "FOLOVLLM_WINDOW" not in engine_process._environment()
 
 
-@pytest.mark.parametrize(("flags", "says"), [({"modle": "x"}, "modle"), ({"window": 3}, "window"), ({"dtype": "int3"}, "dtype")])
+@pytest.mark.parametrize(("flags", "says"), [
+    ({"modle": "x"}, "modle"), ({"window": 3}, "window"), ({"dtype": "int3"}, "dtype")])
 def test_wrong_settings_are_refused_before_anything_starts(flags: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         LLMEngine(**flags)

@@ -66,7 +66,8 @@ def test_a_stream_yields_deltas_and_fills_its_output() -> None:
     assert [(d.text, d.token_ids, d.finish_reason) for d in request.deltas] == [
         ("ab", [1, 2], None), ("c", [3], "length")]
     output = request.output
-    assert (output.prompt, output.prompt_token_ids, output.finished, output.num_cached_tokens) == ("hi", [1, 2, 3], True, 2)
+    assert (output.prompt, output.prompt_token_ids) == ("hi", [1, 2, 3])
+    assert output.finished and output.num_cached_tokens == 2
     assert (output.outputs[0].text, output.outputs[0].token_ids) == ("abc", [1, 2, 3])
     assert output.outputs[0].logprobs is None and output.outputs[0].cumulative_logprob is None
     metrics = output.metrics
@@ -186,13 +187,14 @@ def test_batch_names_the_bad_prompt_and_aborts_the_others() -> None:
     assert engine.session.num_open == 0
 
 
-@pytest.mark.parametrize(("code", "kind"), [
-    ("engine_lost", EngineDead), ("shutdown", EngineDead), ("row_error", RequestFailed),
-    ("memory", RequestFailed), ("convicted", RequestFailed), ("invalid_value", BadRequest)])
-def test_errors_have_types(code: str, kind: type[Exception]) -> None:
+@pytest.mark.parametrize(("code", "field", "kind"), [
+    ("engine_lost", "", EngineDead), ("shutdown", "", EngineDead), ("row_error", "", RequestFailed),
+    ("memory", "", RequestFailed), ("convicted", "", RequestFailed), ("queue_full", "", RequestFailed),
+    ("invalid_value", "top_p", BadRequest)])
+def test_errors_have_types(code: str, field: str, kind: type[Exception]) -> None:
     engine = Engine()
     request = engine.session.submit(jobs_of("x")[0], streams=True)
-    engine.say(Error(engine.sent()[0].key, 0, code, "field", "why"))
+    engine.say(Error(engine.sent()[0].key, 0, code, field, "why"))
     assert request.ended and isinstance(request.error, kind) and "why" in str(request.error)
 
 

@@ -122,7 +122,8 @@ def test_n_children_have_own_seeds_and_one_terminal_event(ledger: Ledger) -> Non
         ledger.out(child.stream, 0, [i + 1] * (i + 1), Finish.LENGTH, cached=32 * i)
         deltas = ledger.flush()
         assert [d.usage is not None for d in deltas] == [i == 2]
-    assert (deltas[0].usage.prompt_tokens, deltas[0].usage.completion_tokens, deltas[0].usage.cached_tokens) == (5, 6, 0)
+    usage = deltas[0].usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (5, 6, 0)
 
 
 def test_abort_hits_all_children_and_ends_with_what_there_is(ledger: Ledger) -> None:

@@ -73,7 +73,8 @@ def test_loading_and_failed_are_states(run_dir: RunDir) -> None:
 
 
 @pytest.mark.parametrize(("letter", "state"), [
-    ("R", None), ("S", None), ("D", None), ("I", None), ("T", "stopped"), ("t", "stopped"), ("Z", "dead"), ("X", "dead")])
+    ("R", None), ("S", None), ("D", None), ("I", None), ("T", "stopped"), ("t", "stopped"), ("Z", "dead"),
+    ("X", "dead")])
 def test_state_letters_of_proc(letter: str, state: str | None) -> None:
     assert state_of(f"12 (a name) with) brackets) {letter} 1 2 3") == state
 
