@@ -252,16 +252,21 @@ def explain_reject(frame: bytes, reason: str) -> tuple[bytes | None, str, str]:
     """(key, field, message) of a frame that did not decode, as far as it can be read."""
     try:
         parts = msgspec.msgpack.decode(frame, type=list[msgspec.Raw])
-        key = msgspec.msgpack.decode(parts[1], type=bytes)
+        tag, key = msgspec.msgpack.decode(parts[0]), msgspec.msgpack.decode(parts[1], type=bytes)
     except (msgspec.DecodeError, IndexError, RecursionError):
         return None, "", reason
     field = ""
-    if found := re.search(r"`\$\[(\d+)\](?:\[(\d+)\])?", reason):
-        names, index = Generate.__struct_fields__, int(found[1]) - 1    # element 0 is the tag
-        field = names[index] if 0 <= index < len(names) else ""
+    found = re.search(r"`\$\[(\d+)\](?:\[(\d+)\])?", reason)
+    if found and tag == Generate.__struct_config__.tag:
+        field = _name(Generate, int(found[1]) - 1)      # element 0 is the tag
         if field == "params" and found[2] is not None:
-            field = WireParams.__struct_fields__[int(found[2])]
+            field = _name(WireParams, int(found[2]))
     return (key if len(key) == 16 else None), field, reason
+
+
+def _name(struct: type[msgspec.Struct], index: int) -> str:
+    names = struct.__struct_fields__
+    return names[index] if 0 <= index < len(names) else ""
 
 
 def load(context: ChildContext) -> FrontendProcess:

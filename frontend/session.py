@@ -10,6 +10,7 @@ kept and offered again; a stream that ended here is never heard of again.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -21,6 +22,8 @@ from protocol.codec import i32_column
 from protocol.messages import ERROR_MESSAGES, AcceptedStream, Error, EventKind, Finish, Generate
 from protocol.sampling_params import TokenParams, WireParams
 from protocol.transport import Sent
+
+log = logging.getLogger(__name__)
 
 Send = Callable[[bytes, object], Sent]     # (client, message)
 MakeDetokenizer = Callable[[bytes, WireParams, int], Detokenizer]   # prompt ids, params, min_tokens
@@ -159,7 +162,12 @@ class Session:
         new = out.token_ids[known:]
         if out.cached_tokens >= 0 and child.index == 0:
             request.cached_tokens = out.cached_tokens
-        counted = child.push(new, out.stop_token, request.wire.include_stop_str_in_output)
+        try:
+            counted = child.push(new, out.stop_token, request.wire.include_stop_str_in_output)
+        except Exception:      # of the tokenizer's library; no other stream may suffer
+            log.exception("a stream could not be detokenized")
+            self._fail(request, (child.index, "internal", "", "the output could not be detokenized"))
+            return True
         if child.logprobs is not None and out.logprobs is not None and counted:
             child.logprobs.append(*(column[known:known + counted] for column in out.logprobs))
         if out.finish in ERROR_MESSAGES and child.finish is Finish.NONE:

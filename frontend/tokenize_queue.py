@@ -8,6 +8,7 @@ readable when that thread has finished one.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import time
@@ -22,6 +23,8 @@ from protocol.sampling_params import BadRequest, TokenParams
 
 TURN_TOKENIZE_S = 0.001      # no further prompt is begun in this turn after this long
 LONG_PROMPT_CHARS = 20_000
+
+log = logging.getLogger(__name__)
 
 Prepare = Callable[[Generate], tuple[bytes, TokenParams]]    # raises BadRequest
 
@@ -100,16 +103,14 @@ class TokenizeQueue:
             return self._prepare(arrival.generate)
         except BadRequest as error:
             return error
+        except BaseException:      # of a library: a panic in Rust is no Exception; nobody else may suffer
+            log.exception("a request could not be tokenized")
+            return BadRequest("", "the prompt could not be tokenized", "internal")
 
     def _run_beside(self, arrival: Arrival) -> None:
-        """On the thread: whatever happens, the loop hears of it."""
-        result: Result = BadRequest("prompt", "could not be tokenized", "internal")
-        try:
-            if not arrival.cancelled:
-                result = self._run(arrival)
-        finally:
-            self._done.put((arrival, result))
-            os.eventfd_write(self.wake_fd, 1)
+        """On the thread."""
+        self._done.put((arrival, self._run(arrival)))
+        os.eventfd_write(self.wake_fd, 1)
 
     def _from_thread(self) -> list[tuple[Arrival, Result]]:
         try:

@@ -220,3 +220,20 @@ def test_resolve_prefers_the_request_then_the_model_then_the_default() -> None:
 def test_wire_params_have_no_field_that_the_table_forgets() -> None:
     columns = {"logit_bias_ids": "logit_bias", "logit_bias_values": "logit_bias"}
     assert {columns.get(f, f) for f in WireParams.__struct_fields__} == set(BAD) - {"seed"}
+
+
+def test_damaged_frames_never_raise() -> None:
+    """Any byte changed, any byte missing: a message, or a Reject that can be explained."""
+    frame = from_sdk.encode(generate(stop=["a"], logit_bias={1: 1.0}, bad_words=["b"]))
+    damaged = [frame[:i] for i in range(len(frame))]
+    damaged += [frame[:i] + bytes([frame[i] ^ flip]) + frame[i + 1:]
+                for i in range(len(frame)) for flip in (1, 0x20, 0x80)]
+    for candidate in damaged:
+        message = from_sdk.decode(candidate)
+        if isinstance(message, Reject):
+            explain_reject(candidate, message.reason)
+        elif isinstance(message, Generate):
+            try:
+                make_intake().prepare(message, LIMITS)
+            except BadRequest as error:
+                assert error.field and error.message

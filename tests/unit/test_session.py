@@ -289,6 +289,15 @@ def test_without_detokenizing_there_are_ids_alone(ledger: Ledger) -> None:
     assert (ids(delta.token_ids), delta.text) == ([1, 2], "")
 
 
+def test_a_stream_that_cannot_be_detokenized_fails_alone(ledger: Ledger) -> None:
+    bad, good = ledger.open(ALICE).children[0], ledger.open(BOB, key=2).children[0]
+    ledger.out(bad.stream, 0, [1])
+    ledger.out(bad.stream, 1, [2**21])           # no letter
+    ledger.out(good.stream, 0, [1], Finish.LENGTH)
+    error, = (m for m in ledger.flush(None) if isinstance(m, Error))
+    assert error.code == "internal" and len(ledger.core.aborted) == 1 and ledger.session.num_open == 0
+
+
 def test_a_refusal_is_kept_for_a_busy_client(ledger: Ledger) -> None:
     ledger.session.refuse(ALICE, b"k" * 16, "invalid_value", "top_p", "was 3")
     ledger.box.busy = {ALICE}
