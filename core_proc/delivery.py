@@ -1,0 +1,50 @@
+"""Tokens of running requests to their frontends, when they are due.
+
+Owned by ``EngineCore``; one Outputs a channel and step, built from columns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from core_proc.channel import Channel
+from core_proc.live_requests import LiveRequests
+from core_proc.logprob_store import LogprobStore
+from core_proc.request import Request
+
+PromptRows = list[tuple[int, int, LogprobStore, int, int]]    # stream, first position, store, first and end row
+
+
+def deliver(live: LiveRequests, channels: dict[int, Channel], rows: np.ndarray, finished: list[Request],
+            prompt_rows: dict[int, PromptRows], now_ns: int) -> None:
+    """Send what ``rows`` owe, then the ends of ``finished``; ``prompt_rows`` by channel index."""
+    columns = live.rows
+    due = rows[(columns.num_tokens[rows] >= columns.emit_at[rows]) & (columns.num_tokens[rows] > columns.sent[rows])]
+    owners = columns.channel[due]
+    for index, channel in channels.items():
+        own = due[owners == index]
+        parts = prompt_rows.get(index)
+        if own.size or parts:
+            _send_rows(live, channel, own, parts, now_ns)
+        ended = [r for r in finished if r.channel is channel]
+        if ended:
+            channel.outputs(ended, now_ns)
+
+
+def _send_rows(live: LiveRequests, channel: Channel, rows: np.ndarray, parts: PromptRows | None, now_ns: int) -> None:
+    columns = live.rows
+    sent, known, prompt_len = columns.sent[rows], columns.num_tokens[rows], columns.prompt_len[rows]
+    count = known - sent
+    if (count == 1).all():
+        token_ids = columns.tokens[rows, sent]
+    else:
+        token_ids = np.concatenate([columns.tokens[r, s:k] for r, s, k in zip(rows, sent, known, strict=True)])
+    cached = np.full(len(rows), -1, np.int32)
+    for i in np.flatnonzero(sent == prompt_len):
+        cached[i] = columns.request[rows[i]].num_cached_tokens
+    with_logprobs = [columns.request[row] for row in rows[columns.logprobs[rows]]]
+    channel.send_columns(
+        with_logprobs, now_ns, stream=columns.stream[rows], offset=sent - prompt_len, count=count, token_ids=token_ids,
+        finish=bytes(len(rows)), stop_token=np.full(len(rows), -1, np.int32), cached=cached, prompt_logprobs=parts)
+    columns.sent[rows] = known
+    columns.emit_at[rows] = known + columns.interval[rows]

@@ -1,0 +1,159 @@
+"""Which tokens of which requests the next step computes.
+
+Called by ``EngineCore``.  There is no prefill phase and no decode phase: every request's
+computed tokens chase its known tokens (and the samples under way) within one token budget.
+Decides only; ``LiveRequests`` moves requests, ``KVCacheManager`` moves blocks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from core_proc.live_requests import LiveRequests
+from core_proc.request import Request
+
+MAX_PASSED_OVER = 64         # waiting requests looked at behind one that cannot go yet
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What the next step may hold."""
+
+    num_tokens: int                          # budget
+    num_rows: int                            # most running requests
+    only: frozenset[Request] | None = None   # suspects under trial: nobody else may run
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """Entries in the plan's order: decodes first, then prefill chunks."""
+
+    rows: np.ndarray             # i32[R] req_idx
+    starts: np.ndarray           # i32[R] tokens computed before
+    num_tokens: np.ndarray       # i32[R]
+    samples: np.ndarray          # bool[R]
+    grow: np.ndarray             # i32[k, 2] (req_idx, block_id) of requests admitted earlier
+    admitted: list[Request]
+    preempted: list[Request]
+
+
+class SchedulerInterface(ABC):
+    """What ``EngineCore`` asks of a scheduler."""
+
+    @abstractmethod
+    def schedule(self, limits: StepLimits) -> ScheduledStep:
+        """The next step; its ``rows`` may be empty.  Counters, rows and blocks have been moved for it."""
+
+
+class Scheduler(SchedulerInterface):
+    """Running requests first, in the total order; then the waiting ones, as far as everything lasts."""
+
+    def __init__(self, live: LiveRequests, watermark_blocks: int) -> None:
+        self.live = live
+        self.watermark_blocks = watermark_blocks
+
+    def schedule(self, limits: StepLimits) -> ScheduledStep:
+        rows, num_tokens, preempted = self._plan_running(limits)
+        chosen = num_tokens > 0
+        rows, num_tokens = rows[chosen], num_tokens[chosen]
+        grow = self.live.kv.grow(rows, self._missing_blocks(rows, num_tokens))
+        starts, samples = self._advance(rows, num_tokens)
+        admitted: list[Request] = []
+        if not preempted:    # what was taken from one must not go to the next
+            admitted, *columns = self._admit(limits, int(num_tokens.sum()))
+            rows, num_tokens, starts, samples = (
+                np.concatenate(pair) for pair in zip((rows, num_tokens, starts, samples), columns, strict=True))
+        order = np.argsort(num_tokens > 1, kind="stable")
+        return ScheduledStep(rows[order], starts[order], num_tokens[order], samples[order], grow, admitted, preempted)
+
+    def _plan_running(self, limits: StepLimits) -> tuple[np.ndarray, np.ndarray, list[Request]]:
+        """(rows, tokens for each, requests preempted to make room for their blocks)."""
+        live, columns = self.live, self.live.rows
+        rows = live.order
+        if limits.only is not None:
+            rows = np.array([r.req_idx for r in live.running if r in limits.only], np.int32)
+        left = columns.num_tokens[rows] + columns.in_flight[rows] - columns.num_computed[rows]
+        room = columns.max_total[rows] - columns.num_tokens[rows] - columns.in_flight[rows]
+        left[(left == 1) & (room < 1)] = 0     # its last sample is under way
+        num_tokens = share_budget(left, limits.num_tokens)
+        preempted: list[Request] = []
+        while int(self._missing_blocks(rows, num_tokens).sum()) > live.kv.num_free:
+            victim = live.running[-1]
+            if victim is live.first():
+                raise AssertionError("the first request does not fit, though it alone may hold blocks")
+            if len(rows) and rows[-1] == victim.req_idx:
+                rows, num_tokens = rows[:-1], num_tokens[:-1]
+            live.preempt(victim)
+            preempted.append(victim)
+        return rows, num_tokens, preempted
+
+    def _missing_blocks(self, rows: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+        columns, size = self.live.rows, self.live.kv.block_size
+        blocks = (columns.num_computed[rows] + num_tokens + size - 1) // size
+        return np.where(num_tokens > 0, np.maximum(blocks - columns.num_blocks[rows], 0), 0)
+
+    def _advance(self, rows: np.ndarray, num_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens computed before, whether the row samples); counts the step as under way."""
+        columns, size = self.live.rows, self.live.kv.block_size
+        starts = columns.num_computed[rows]
+        after = starts + num_tokens
+        samples = after == columns.num_tokens[rows] + columns.in_flight[rows]
+        columns.num_computed[rows] = after
+        columns.in_flight[rows] += samples
+        columns.steps[rows] += 1
+        known = np.minimum(after, columns.num_tokens[rows])
+        for i in np.flatnonzero(known // size > starts // size):
+            self.live.kv.note_writer(columns.request[rows[i]], int(starts[i]), int(known[i]))
+        return starts, samples
+
+    def _admit(self, limits: StepLimits, spent: int) -> tuple[list[Request], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(requests admitted, their rows, tokens, starts, samples), in the total order."""
+        live, kv = self.live, self.live.kv
+        budget, passed_over = limits.num_tokens - spent, 0
+        admitted: list[Request] = []
+        entries: list[tuple[int, int, int, bool]] = []
+        for request in live.waiting:
+            full = len(live.running) >= limits.num_rows or not live.rows.num_free
+            if full or budget <= 0 or passed_over >= MAX_PASSED_OVER:
+                break
+            if request.steps_in_flight or (limits.only is not None and request not in limits.only):
+                continue
+            hits = kv.match(request)
+            if kv.is_being_written(request, len(hits)):
+                passed_over += 1
+                continue
+            mark = self.watermark_blocks if live.running else 0
+            free = kv.num_free - kv.pool.count_free(hits) - mark
+            if kv.blocks_for(request.num_tokens) - len(hits) > free:
+                break    # nobody behind it may take its blocks
+            start = len(hits) * kv.block_size
+            count = min(request.num_tokens - start, budget)
+            live.admit(request, hits, kv.blocks_for(start + count))
+            _, samples = self._advance(np.array([request.req_idx]), np.array([count]))
+            admitted.append(request)
+            entries.append((request.req_idx, count, start, bool(samples[0])))
+            budget -= count
+        table = np.array(entries, np.int32).reshape(-1, 4)
+        return admitted, table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(bool)
+
+
+def share_budget(left: np.ndarray, budget: int) -> np.ndarray:
+    """Tokens for each running request of a step, in order: i32[n].
+
+    ``left``: tokens that each still has to compute.  A chunk leaves one token for each decode
+    behind it, but takes one at least.
+    """
+    num_tokens = np.minimum(left, 1)
+    decodes_before = np.cumsum(left == 1) - (left == 1)
+    num_decodes, spent = int((left == 1).sum()), 0
+    for i in np.flatnonzero(left > 1):
+        free = budget - int(decodes_before[i]) - spent
+        behind = num_decodes - int(decodes_before[i])
+        num_tokens[i] = min(int(left[i]), max(1, free - behind)) if free > 0 else 0
+        spent += int(num_tokens[i])
+    before = np.cumsum(num_tokens) - num_tokens
+    num_tokens[before >= budget] = 0
+    return num_tokens
