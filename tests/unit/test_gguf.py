@@ -1,0 +1,180 @@
+"""GGUF files: the default model's, and small random ones written here."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from gpu_worker.models.converted import ConversionError
+from gpu_worker.models.gguf_checkpoint import TENSORS, TOP_TENSORS, convert
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1, "rms_norm_eps": 1e-6}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+
+
+def small_model(kind: str, **changes):
+    torch.manual_seed(0)
+    model = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[kind](
+        {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**SIZES | changes)).eval()
+    with torch.no_grad():    # transformers starts norms at one and biases at zero, which hides a missing one
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
+    return model
+
+
+def gguf_name(name: str) -> str:
+    *body, kind = name.split(".")
+    layer = {v: k for k, v in TENSORS.items()}
+    top = {v: k for k, v in TOP_TENSORS.items()}
+    if body[1:2] == ["layers"]:
+        return f"blk.{body[2]}.{layer['.'.join(body[3:])]}.{kind}"
+    return f"{top['.'.join(body)]}.{kind}"
+
+
+def permuted(values: np.ndarray, heads: int) -> np.ndarray:
+    """The order that llama.cpp keeps Llama's Q and K rows in."""
+    return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def write_gguf(path, model, kind: str, *, tokens: int = 300, pre: str = "gpt-2", tokenizer: str = "gpt2", extra=(),
+               packed=None):
+    config = model.config
+    writer = GGUFWriter(path, kind)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model(tokenizer)
+    writer.add_tokenizer_pre(pre)
+    names = ["<s>", "</s>", "t", "0"] + [f"t{i}" for i in range(tokens - 4)]
+    writer.add_token_list(names)
+    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * (tokens - 2))
+    writer.add_token_merges(["t 0"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for add in extra:
+        add(writer)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values, target = tensor.numpy(), gguf_name(name)
+        if packed and name in packed:
+            writer.add_tensor(target, packed[name], raw_dtype=GGMLQuantizationType.Q8_0)
+            continue
+        if kind == "llama" and ".attn_q." in target:
+            values = permuted(values, config.num_attention_heads)
+        if kind == "llama" and ".attn_k." in target:
+            values = permuted(values, config.num_key_value_heads)
+        writer.add_tensor(target, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def llama3_factors(writer) -> None:
+    """What llama.cpp's converter writes for LLAMA3, by the definition of the paper's scaling."""
+    frequency = 1.0 / 500000.0 ** (np.arange(0, 8, 2) / 8)
+    wavelength = 2 * np.pi / frequency
+    smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+    factors = np.where(wavelength < 8192 / 4, 1.0, np.where(wavelength > 8192, 8.0, 1 / ((1 - smooth) / 8 + smooth)))
+    writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+
+
+@pytest.mark.parametrize(("kind", "changes", "extra"), [
+    ("llama", {"tie_word_embeddings": False}, ()),
+    ("llama", {"tie_word_embeddings": True, "attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}, ()),
+    ("llama", {"rope_parameters": LLAMA3}, (llama3_factors,)),
+    ("qwen2", {}, ()),
+])
+def test_converted_checkpoint_agrees(tmp_path, kind, changes, extra):
+    model = small_model(kind, **changes)
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    convert(write_gguf(tmp_path / "m.gguf", model, kind, extra=extra), target)
+    loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    ids = torch.arange(3, 200)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    config = json.loads((target / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["dtype"]) == (0, 1, "float32")
+
+
+def test_our_decoder_loads_it(tmp_path):
+    from gpu_worker.models.registry import load_model
+
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    convert(write_gguf(tmp_path / "m.gguf", small_model("qwen2"), "qwen2"), target)
+    spec = load_model(target, dtype="float32", device=torch.device("cpu")).spec
+    assert (spec.backend, spec.vocab_size, spec.eos_token_ids) == ("decoder", 300, (1,))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"kind": "gemma"}, "general.architecture: was 'gemma'; allowed: llama, qwen2"),
+    ({"tokenizer": "llama"}, "tokenizer.ggml.model: was 'llama'; allowed: 'gpt2'"),
+    ({"pre": "tekken"}, "tokenizer.ggml.pre: was 'tekken'; allowed: default, gpt-2, smollm, llama-bpe, qwen2"),
+    ({"extra": [lambda w: w.add_tensor("blk.0.ffn_gate_inp.weight", np.zeros((2, 2), np.float32))]},
+     "tensor blk.0.ffn_gate_inp.weight: this architecture has no place for it"),
+    ({"extra": [lambda w: w.add_expert_count(4)]}, "llama.expert_count: was 4"),
+    ({"extra": [lambda w: w.add_rope_dimension_count(4)]}, "llama.rope.dimension_count: was 4; allowed: the head size, 8"),
+    ({"extra": [lambda w: w.add_string("llama.rope.scaling.type", "yarn")]}, "llama.rope.scaling.type: was 'yarn'"),
+    ({"extra": [lambda w: w.add_tensor("rope_freqs.weight", np.array([1, 2, 3, 9], np.float32))]}, "rope_freqs.weight: scales"),
+])
+def test_refused_by_name(tmp_path, options, message):
+    kind = options.pop("kind", "llama")
+    path = write_gguf(tmp_path / "m.gguf", small_model("llama"), kind, **options)
+    with pytest.raises(ConversionError) as caught:
+        convert(path, tmp_path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 10])
+def test_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match="m.gguf: not a readable GGUF file"):
+        convert(path, tmp_path)
+
+
+def test_quantized_matrices_become_bfloat16(tmp_path):
+    from gguf import dequantize, quantize
+
+    kind = GGMLQuantizationType.Q8_0
+    model = small_model("llama", tie_word_embeddings=True)
+    packed = {name: quantize(tensor.numpy(), kind) for name, tensor in model.state_dict().items() if tensor.dim() == 2}
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    convert(write_gguf(tmp_path / "m.gguf", model, "llama", packed=packed), target)
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert loaded.dtype == torch.bfloat16
+    stored = torch.from_numpy(dequantize(packed["model.embed_tokens.weight"], kind)).bfloat16()
+    assert torch.equal(loaded.model.embed_tokens.weight, stored)
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight.bfloat16())
+
+
+def test_default_model_is_what_the_file_holds(default_model_dir):
+    """One tensor of each kind against gguf's own reader; Q's rows back in order."""
+    from gguf import GGUFReader, dequantize
+    from safetensors import safe_open
+
+    tensors = {t.name: t for t in GGUFReader(default_model_dir / "model.gguf").tensors}
+    with safe_open(default_model_dir / "model.safetensors", "pt") as opened:
+        for gguf, name in (("token_embd.weight", "model.embed_tokens.weight"), ("output_norm.weight", "model.norm.weight"),
+                           ("blk.3.ffn_down.weight", "model.layers.3.mlp.down_proj.weight")):
+            stored = torch.from_numpy(np.array(dequantize(tensors[gguf].data, tensors[gguf].tensor_type)))
+            assert torch.equal(opened.get_tensor(name), stored.bfloat16()), name
+        query = opened.get_tensor("model.layers.3.self_attn.q_proj.weight").float().numpy()
+        stored = dequantize(tensors["blk.3.attn_q.weight"].data, tensors["blk.3.attn_q.weight"].tensor_type)
+        assert np.array_equal(permuted(query, 9), torch.from_numpy(stored).bfloat16().float().numpy())
