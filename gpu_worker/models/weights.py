@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpu_worker.models.spec import ModelError
-from protocol.run_dir import cache_dir
+from protocol.cache_dir import cache_dir
 
 logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from gpu_worker.models.converted import ConversionError
-from gpu_worker.models.gguf_checkpoint import TENSORS, TOP_TENSORS, convert
+from gpu_worker.models.gguf_checkpoint import convert
+from gpu_worker.models.gguf_tensors import LAYER_NAMES, TOP_NAMES
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1, "rms_norm_eps": 1e-6}
@@ -30,8 +31,8 @@ def small_model(kind: str, **changes):
 
 def gguf_name(name: str) -> str:
     *body, kind = name.split(".")
-    layer = {v: k for k, v in TENSORS.items()}
-    top = {v: k for k, v in TOP_TENSORS.items()}
+    layer = {v: k for k, v in LAYER_NAMES.items()}
+    top = {v: k for k, v in TOP_NAMES.items()}
     if body[1:2] == ["layers"]:
         return f"blk.{body[2]}.{layer['.'.join(body[3:])]}.{kind}"
     return f"{top['.'.join(body)]}.{kind}"
@@ -43,7 +44,7 @@ def permuted(values: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(path, model, kind: str, *, tokens: int = 300, pre: str = "gpt-2", tokenizer: str = "gpt2", extra=(),
-               packed=None):
+               packed=None, packed_type=GGMLQuantizationType.Q8_0):
     config = model.config
     writer = GGUFWriter(path, kind)
     writer.add_context_length(config.max_position_embeddings)
@@ -55,7 +56,8 @@ def write_gguf(path, model, kind: str, *, tokens: int = 300, pre: str = "gpt-2",
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model(tokenizer)
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     names = ["<s>", "</s>", "t", "0"] + [f"t{i}" for i in range(tokens - 4)]
     writer.add_token_list(names)
     writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * (tokens - 2))
@@ -69,7 +71,7 @@ def write_gguf(path, model, kind: str, *, tokens: int = 300, pre: str = "gpt-2",
             continue
         values, target = tensor.numpy(), gguf_name(name)
         if packed and name in packed:
-            writer.add_tensor(target, packed[name], raw_dtype=GGMLQuantizationType.Q8_0)
+            writer.add_tensor(target, packed[name], raw_dtype=packed_type)
             continue
         if kind == "llama" and ".attn_q." in target:
             values = permuted(values, config.num_attention_heads)
@@ -92,11 +94,20 @@ def llama3_factors(writer) -> None:
     writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
 
 
+def linear_scaling(writer) -> None:
+    writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
 @pytest.mark.parametrize(("kind", "changes", "extra"), [
     ("llama", {"tie_word_embeddings": False}, ()),
     ("llama", {"tie_word_embeddings": True, "attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}, ()),
+    ("llama", {"attention_bias": True, "mlp_bias": True}, ()),
     ("llama", {"rope_parameters": LLAMA3}, (llama3_factors,)),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}, (linear_scaling,)),
+    ("llama", {"head_dim": 16}, (lambda w: w.add_key_length(16), lambda w: w.add_value_length(16))),
     ("qwen2", {}, ()),
+    ("qwen2", {"vocab_size": 320}, ()),       # more rows than tokens, as Qwen2 has
 ])
 def test_converted_checkpoint_agrees(tmp_path, kind, changes, extra):
     model = small_model(kind, **changes)
@@ -128,6 +139,15 @@ def test_our_decoder_loads_it(tmp_path):
     ({"extra": [lambda w: w.add_tensor("blk.0.ffn_gate_inp.weight", np.zeros((2, 2), np.float32))]},
      "tensor blk.0.ffn_gate_inp.weight: this architecture has no place for it"),
     ({"extra": [lambda w: w.add_expert_count(4)]}, "llama.expert_count: was 4"),
+    ({"pre": None}, "tokenizer.ggml.pre: was None; allowed: default, gpt-2"),
+    ({"tokens": 301}, "tokenizer.ggml.tokens: 301 tokens; allowed: as many as token_embd.weight has rows, 300"),
+    ({"extra": [lambda w: w.add_sliding_window(64)]}, "llama.attention.sliding_window: was 64; this setting is not supported"),
+    ({"extra": [lambda w: w.add_causal_attention(False)]}, "llama.attention.causal: was False; this setting is not supported"),
+    ({"extra": [lambda w: w.add_uint16("split.count", 2)]}, "split.count: was 2; allowed: a model in one file"),
+    ({"extra": [lambda w: w.add_value_length(4)]}, "llama.attention.value_length: was 4; allowed: the head size, 8"),
+    ({"extra": [lambda w: w.add_key_length(0)]}, "llama.attention.key_length: was 0; allowed: a number above 0"),
+    ({"extra": [lambda w: w.add_rope_scaling_type(RopeScalingType.LINEAR)]}, "llama.rope.scaling.factor: was None"),
+    ({"extra": [linear_scaling, llama3_factors]}, "llama.rope.scaling.type: was 'linear' beside rope_freqs.weight"),
     ({"extra": [lambda w: w.add_rope_dimension_count(4)]}, "llama.rope.dimension_count: was 4; allowed: the head size, 8"),
     ({"extra": [lambda w: w.add_string("llama.rope.scaling.type", "yarn")]}, "llama.rope.scaling.type: was 'yarn'"),
     ({"extra": [lambda w: w.add_tensor("rope_freqs.weight", np.array([1, 2, 3, 9], np.float32))]}, "rope_freqs.weight: scales"),
@@ -140,11 +160,23 @@ def test_refused_by_name(tmp_path, options, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 10])
-def test_damaged_file_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", [b"GGUF", b"not a model at all" * 10, b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
+def test_damaged_file(tmp_path, content):
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
-    with pytest.raises(ConversionError, match="m.gguf: not a readable GGUF file"):
+    with pytest.raises(ConversionError, match="^not a readable GGUF file: "):
+        convert(path, tmp_path)
+
+
+def test_half_and_empty_file(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", small_model("llama"), "llama")
+    whole = path.read_bytes()
+    for size in (len(whole) // 2, len(whole) - 100, 1000):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ConversionError, match="^not a readable GGUF file: "):
+            convert(path, tmp_path)
+    path.write_bytes(b"")
+    with pytest.raises(ConversionError, match="the file is empty"):
         convert(path, tmp_path)
 
 
@@ -162,6 +194,25 @@ def test_quantized_matrices_become_bfloat16(tmp_path):
     stored = torch.from_numpy(dequantize(packed["model.embed_tokens.weight"], kind)).bfloat16()
     assert torch.equal(loaded.model.embed_tokens.weight, stored)
     assert torch.equal(loaded.model.norm.weight, model.model.norm.weight.bfloat16())
+
+
+def test_half_precision_file_is_kept_as_it_is(tmp_path):
+    model = small_model("llama", tie_word_embeddings=True)
+    name = "model.embed_tokens.weight"
+    halves = {name: model.state_dict()[name].numpy().astype(np.float16)}
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    convert(write_gguf(tmp_path / "m.gguf", model, "llama", packed=halves, packed_type=GGMLQuantizationType.F16), target)
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert loaded.dtype == torch.float16
+    assert np.array_equal(loaded.model.embed_tokens.weight.detach().numpy(), halves[name])
+
+
+def test_every_token_that_ends_an_answer(tmp_path):
+    write_gguf(tmp_path / "m.gguf", small_model("llama"), "llama", extra=[lambda w: w.add_eot_token_id(7)])
+    convert(tmp_path / "m.gguf", tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [1, 7]
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 1
 
 
 def test_default_model_is_what_the_file_holds(default_model_dir):
