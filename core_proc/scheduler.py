@@ -56,10 +56,10 @@ class Scheduler(SchedulerInterface):
         self.watermark_blocks = watermark_blocks
 
     def schedule(self, limits: StepLimits) -> ScheduledStep:
-        rows, num_tokens, preempted = self._plan_running(limits)
+        rows, num_tokens, missing, preempted = self._plan_running(limits)
+        grow = self.live.kv.grow(rows, missing)
         chosen = num_tokens > 0
         rows, num_tokens = rows[chosen], num_tokens[chosen]
-        grow = self.live.kv.grow(rows, self._missing_blocks(rows, num_tokens))
         starts, samples = self._advance(rows, num_tokens)
         admitted: list[Request] = []
         if not preempted:    # what was taken from one must not go to the next
@@ -69,8 +69,8 @@ class Scheduler(SchedulerInterface):
         order = np.argsort(num_tokens > 1, kind="stable")
         return ScheduledStep(rows[order], starts[order], num_tokens[order], samples[order], grow, admitted, preempted)
 
-    def _plan_running(self, limits: StepLimits) -> tuple[np.ndarray, np.ndarray, list[Request]]:
-        """(rows, tokens for each, requests preempted to make room for their blocks)."""
+    def _plan_running(self, limits: StepLimits) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Request]]:
+        """(rows, tokens and further blocks of each, requests preempted to make room for these)."""
         live, columns = self.live, self.live.rows
         rows = live.order
         if limits.only is not None:
@@ -79,16 +79,17 @@ class Scheduler(SchedulerInterface):
         room = columns.max_total[rows] - columns.num_tokens[rows] - columns.in_flight[rows]
         left[(left == 1) & (room < 1)] = 0     # its last sample is under way
         num_tokens = share_budget(left, limits.num_tokens)
+        missing = self._missing_blocks(rows, num_tokens)
         preempted: list[Request] = []
-        while int(self._missing_blocks(rows, num_tokens).sum()) > live.kv.num_free:
+        while int(missing.sum()) > live.kv.num_free:
             victim = live.running[-1]
             if victim is live.first():
                 raise AssertionError("the first request does not fit, though it alone may hold blocks")
             if len(rows) and rows[-1] == victim.req_idx:
-                rows, num_tokens = rows[:-1], num_tokens[:-1]
+                rows, num_tokens, missing = rows[:-1], num_tokens[:-1], missing[:-1]
             live.preempt(victim)
             preempted.append(victim)
-        return rows, num_tokens, preempted
+        return rows, num_tokens, missing, preempted
 
     def _missing_blocks(self, rows: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
         columns, size = self.live.rows, self.live.kv.block_size
@@ -147,6 +148,8 @@ def share_budget(left: np.ndarray, budget: int) -> np.ndarray:
     behind it, but takes one at least.
     """
     num_tokens = np.minimum(left, 1)
+    if len(left) <= budget and not (left > 1).any():
+        return num_tokens
     decodes_before = np.cumsum(left == 1) - (left == 1)
     num_decodes, spent = int((left == 1).sum()), 0
     for i in np.flatnonzero(left > 1):
