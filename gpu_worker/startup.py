@@ -7,8 +7,10 @@ ends here as one exception whose message names it.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from gpu_worker.device import available_bytes, choose_device, choose_threads, de
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.models.registry import load_model
+from gpu_worker.models.spec import LoadedModel
 from gpu_worker.request_states import RequestStates
 from gpu_worker.row_buckets import RowBuckets
 from protocol.config import EngineConfig
@@ -60,4 +63,13 @@ def load_worker(config: EngineConfig) -> LoadedWorker:
     return LoadedWorker(
         runner=ModelRunner(model, kv, states, buckets), device=device_name(device),
         dtype=str(model.spec.dtype).removeprefix("torch."), num_threads=num_threads, num_blocks=size.num_blocks,
-        max_model_len=size.max_model_len, numerics_fingerprint=model.weights_fingerprint, bit_exact=False)
+        max_model_len=size.max_model_len, numerics_fingerprint=_fingerprint(model, device, num_threads, buckets),
+        bit_exact=False)
+
+
+def _fingerprint(model: LoadedModel, device: torch.device, num_threads: int, buckets: RowBuckets) -> str:
+    """Equal where equal requests give equal bits: everything that chooses an arithmetic."""
+    instructions = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    parts = (model.weights_fingerprint, str(model.spec.dtype), model.spec.backend, model.attention.name, device.type, instructions,
+             platform.machine(), str(num_threads), torch.__version__, str(buckets.enabled))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

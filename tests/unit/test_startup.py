@@ -1,0 +1,49 @@
+"""A worker from its settings: what it holds, what it says of itself, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.models.spec import ModelError
+from gpu_worker.startup import NO_ROW_PADDING, LoadedWorker, load_worker
+from protocol.config import EngineConfig, ModelConfig, SchedulerConfig
+
+
+def load(model_dir: Path, scheduler: SchedulerConfig = SchedulerConfig(max_num_seqs=3), **model: object) -> LoadedWorker:
+    settings = ModelConfig(**({"dtype": "float32", "device": "cpu", "num_threads": 1} | model))
+    return load_worker(EngineConfig(model=settings, scheduler=scheduler, model_dir=str(model_dir)))
+
+
+def test_tables_and_memory_are_as_large_as_said(tiny_llama_dir: Path) -> None:
+    worker = load(tiny_llama_dir, SchedulerConfig(max_num_seqs=3, num_kv_blocks=9), max_model_len=100)
+    states = worker.runner.states
+    assert (worker.num_blocks, worker.max_model_len, worker.device, worker.dtype, worker.num_threads) == (9, 100, "cpu", "float32", 1)
+    assert (states.max_num_seqs, states.max_model_len, states.max_blocks, states.num_blocks) == (3, 100, 4, 9)
+    assert worker.runner.kv.key[1].shape == (9, 2, 32, 8)
+
+
+def test_fewer_blocks_than_the_model_is_long(tiny_llama_dir: Path) -> None:
+    worker = load(tiny_llama_dir, SchedulerConfig(max_num_seqs=3, num_kv_blocks=2))
+    assert worker.max_model_len == worker.runner.states.max_model_len == 64
+
+
+@pytest.mark.parametrize(("value", "rows"), [(None, 4), ("1", 1), ("0", 4)])
+def test_row_padding_is_switched_off_by_the_environment(
+        tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, value: str | None, rows: int) -> None:
+    monkeypatch.delenv(NO_ROW_PADDING, raising=False)
+    if value is not None:
+        monkeypatch.setenv(NO_ROW_PADDING, value)
+    assert load(tiny_llama_dir).runner.buckets.bucket(1) == rows
+
+
+def test_fingerprint_names_the_numbers(tiny_llama_dir: Path) -> None:
+    same = load(tiny_llama_dir).numerics_fingerprint
+    assert load(tiny_llama_dir, SchedulerConfig(max_num_seqs=1)).numerics_fingerprint == same
+    assert load(tiny_llama_dir, dtype="bfloat16").numerics_fingerprint != same
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere.config.json: no such file"):
+        load(tmp_path / "nowhere")
