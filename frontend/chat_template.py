@@ -36,6 +36,8 @@ class ChatTemplate:
             raise TokenizerError(f"{tokenizer.model_dir}: the chat template is no valid jinja2: {error}") from None
         texts = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._heads = tuple({text[:end] for text in texts for end in range(1, len(text))})
+        self._tails = tuple({text[start:] for text in texts for start in range(1, len(text))})
         self._variables = {role: tokenizer.special_text(role) or "" for role in SPECIAL_ROLES}
 
     @classmethod
@@ -49,12 +51,12 @@ class ChatTemplate:
 
     def render(self, messages: list[ChatMessage]) -> list[int]:
         """The prompt that asks for the next answer.  Raises BadRequest."""
-        hostile = self._specials is not None and any(
-            self._specials.search(part) for message in messages for part in (message.role, message.content))
-        if not hostile:
+        if self._specials is None:
             return self._tokenizer.encode_rendered(self._text(messages))
         sentinel = _unused_character(messages)
         broken = [ChatMessage(self._broken(m.role, sentinel), self._broken(m.content, sentinel)) for m in messages]
+        if broken == messages:
+            return self._tokenizer.encode_rendered(self._text(messages))
         return self._encode_pieces(self._text(broken), sentinel)
 
     def _text(self, messages: list[ChatMessage]) -> str:
@@ -62,11 +64,19 @@ class ChatTemplate:
         try:
             return self._template.render(messages=turns, add_generation_prompt=True, tools=None,
                                          documents=None, **self._variables)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except Exception as error:      # a template is a program
             raise BadRequest("messages", f"the model's chat template refuses them: {error}") from None
 
     def _broken(self, text: str, sentinel: str) -> str:
-        return self._specials.sub(lambda match: sentinel.join(match.group()), text)
+        """``text`` that holds no control string, and makes none with what the template puts around it."""
+        text = self._specials.sub(lambda match: sentinel.join(match.group()), text)
+        body = text.strip()             # templates trim
+        before = sentinel if body.startswith(self._tails) else ""
+        after = sentinel if body.endswith(self._heads) else ""
+        if not before and not after:
+            return text
+        start = text.index(body)
+        return text[:start] + before + body + after + text[start + len(body):]
 
     def _encode_pieces(self, text: str, sentinel: str) -> list[int]:
         ids: list[int] = []
@@ -76,7 +86,7 @@ class ChatTemplate:
             index, token = self._tokenizer.special_tokens[match.group()] if match else (None, None)
             piece = piece.lstrip() if strip_left else piece
             piece = piece.rstrip() if token is not None and token.lstrip else piece
-            ids += self._tokenizer.encode_plain(piece.replace(sentinel, ""))
+            ids += self._tokenizer.encode_plain(piece.replace(sentinel, ""), at_start=start == 0)
             if match:
                 ids.append(index)
                 start, strip_left = match.end(), token.rstrip
@@ -84,7 +94,11 @@ class ChatTemplate:
 
 
 def _unused_character(messages: list[ChatMessage]) -> str:
-    used = set().union(*(message.role + message.content for message in messages))
+    texts = [text for message in messages for text in (message.role, message.content)]
+    usual = chr(PRIVATE_USE[0])
+    if not any(usual in text for text in texts):
+        return usual
+    used = set().union(*texts)
     for code in PRIVATE_USE:
         if chr(code) not in used:
             return chr(code)
@@ -112,9 +126,10 @@ class GenerationBlock(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body, lineno=line)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
     """Without jinja2's escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

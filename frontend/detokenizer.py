@@ -7,12 +7,16 @@ resumption give the same text.  Half a character is never given out; ``finish`` 
 
 from __future__ import annotations
 
+import os
+
 from frontend.tokenizer import Tokenizer
 from protocol.codec import i32_column
 from protocol.sampling_params import WireParams
 
-PROMPT_TAIL_TOKENS = 5       # enough for decoders that join words by what stands before
+CONTEXT_TOKENS = range(5, 9) # enough for decoders that join words by what stands before; where a character begins
+MAX_WINDOW_TOKENS = 16
 INCOMPLETE = "\ufffd"        # what a decoder makes of bytes that are no whole character
+MAX_HALF_BYTES = 3           # of a character of UTF-8 that lacks its last
 
 
 class Detokenizer:
@@ -21,22 +25,19 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: bytes, params: WireParams, min_tokens: int = 0) -> None:
         self.stop_reason: str | None = None      # the stop string that was found
         self.num_tokens = 0                      # consumed, the one that completed the stop string included
-        self._decoder = _Decoder(tokenizer, i32_column(prompt_ids)[-PROMPT_TAIL_TOKENS:].tolist(),
+        self._decoder = _Decoder(tokenizer, i32_column(prompt_ids)[-MAX_WINDOW_TOKENS:].tolist(),
                                  params.skip_special_tokens)
         self._stops = _StopStrings(params.stop, params.include_stop_str_in_output)
         self._min_tokens = min_tokens
 
     def push(self, token_ids: list[int]) -> str:
         """The text that is certain now; ids behind a stop string are not consumed."""
-        if not self._stops.any:
-            self.num_tokens += len(token_ids)
-            return self._decoder.push(token_ids)
         text = ""
-        for token_id in token_ids:
+        for token_id in token_ids:      # one by one, so that lumps make no difference
             if self.stop_reason is not None:
                 break
             self.num_tokens += 1
-            text += self._checked(self._decoder.push([token_id]))
+            text += self._checked(self._decoder.push(token_id))
         return text
 
     def finish(self) -> str:
@@ -54,36 +55,58 @@ class Detokenizer:
 
 
 class _Decoder:
-    """Ids to text: the difference of two decodings of a short window.
+    """Ids to text: what the decoding of a short window gains with each id.
 
-    ``_ids[:_read]`` has been given out and is kept, since a decoder may treat the first word
-    of what it gets otherwise; it ends between whole characters.
+    The window starts with tokens whose text has been given out, since a decoder may treat the
+    first word of what it gets otherwise, and a character may lie in several tokens.  There are
+    two kinds of decoders: one makes ``INCOMPLETE`` of the half character alone, the other of
+    all characters in bytes before it too, until it is whole.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_tail: list[int], skip_special_tokens: bool) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._ids = prompt_tail
-        self._read = len(prompt_tail)
-        self._beyond = 0             # characters given out of the tokens behind _read
+        self._window: list[int] = []
+        self._given = ""                           # the beginning of the window's text, given out or the prompt's
+        self._num_half = 0                         # tokens since the text last ended in a whole character
+        for count in CONTEXT_TOKENS:
+            self._window = prompt_tail[-count:]
+            self._given = self._decode(self._window)
+            if not self._given.startswith(INCOMPLETE):
+                break
 
-    def push(self, token_ids: list[int]) -> str:
-        self._ids.extend(token_ids)
-        return self._new_text(flushing=False)
+    def push(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        certain = text.rstrip(INCOMPLETE)
+        self._num_half = 0 if certain == text else self._num_half + 1
+        if self._num_half > MAX_HALF_BYTES:        # no beginning of a character is so long
+            certain = text[:max(len(certain), len(text) - MAX_HALF_BYTES)]
+        new = self._gain(text, certain)
+        if len(self._window) > MAX_WINDOW_TOKENS and not 0 < self._num_half <= MAX_HALF_BYTES:
+            self._shorten(text)
+        return new
 
     def flush(self) -> str:
-        return self._new_text(flushing=True)
+        text = self._decode(self._window)
+        return text[len(self._given):] if text.startswith(self._given) else INCOMPLETE * self._num_half
 
-    def _new_text(self, flushing: bool) -> str:
-        known = self._decode(self._ids[:self._read]).rstrip(INCOMPLETE)    # a prompt may end in half a character
-        text = self._decode(self._ids)
-        certain = text if flushing else text.rstrip(INCOMPLETE)
-        new = certain[len(known) + self._beyond:]
-        if len(certain) == len(text) > len(known):
-            self._ids = self._ids[self._read:]
-            self._read, self._beyond = len(self._ids), 0
-        else:
-            self._beyond += len(new)
+    def _gain(self, text: str, certain: str) -> str:
+        if not text.startswith(self._given):
+            if self._given.startswith(certain):    # taken back until the half character is whole
+                return ""
+            self._given = os.path.commonprefix([self._given, text])   # the prompt's end has become whole
+        new = certain[len(self._given):]
+        self._given += new
         return new
+
+    def _shorten(self, text: str) -> None:
+        """Forget the window's beginning, up to where a character begins."""
+        num_held = len(text) - len(self._given)
+        for count in CONTEXT_TOKENS:
+            rest = self._decode(self._window[-count:])
+            if len(rest) > num_held and text.endswith(rest):
+                self._window, self._given = self._window[-count:], rest[:len(rest) - num_held]
+                return
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip)

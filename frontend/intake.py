@@ -66,14 +66,15 @@ class Intake:
 
     def _prompt_ids(self, generate: Generate, vocab_size: int) -> np.ndarray | list[int]:
         if generate.text is not None:
-            return self.tokenizer.encode(generate.text)
-        if generate.messages is not None:
+            ids = self.tokenizer.encode(generate.text)
+        elif generate.messages is not None:
             if self.template is None:
                 raise BadRequest("messages", "the model has no chat template; allowed: text or token ids")
-            return self.template.render(generate.messages)
-        try:
-            ids = i32_column(generate.token_ids, name="token_ids")
-        except ColumnError as error:
-            raise BadRequest("prompt", str(error), "bad_frame") from None
-        check_token_ids("prompt", ids, vocab_size)
+            ids = self.template.render(generate.messages)
+        else:
+            try:
+                ids = i32_column(generate.token_ids, name="token_ids")
+            except ColumnError as error:
+                raise BadRequest("prompt", str(error), "bad_frame") from None
+        check_token_ids("prompt", ids, vocab_size)    # a tokenizer may know more tokens than the model
         return ids

@@ -16,6 +16,10 @@ import tokenizers
 from protocol.sampling_params import DEFAULTS, BadRequest, SamplingParams
 
 
+SPACE_FIRST = '"prepend_scheme":"first"'     # of tokenizer.json: a space before what starts a text
+SPACE_NEVER = '"prepend_scheme":"never"'
+
+
 class TokenizerError(ValueError):
     """The checkpoint's tokenizer cannot be used; the message names the file."""
 
@@ -28,17 +32,23 @@ class Tokenizer:
         self._file = self.model_dir / "tokenizer.json"
         self._tokenizer = self._load()
         self.config = read_json(self.model_dir / "tokenizer_config.json")
-        generation = read_json(self.model_dir / "generation_config.json")
+        self._generation = read_json(self.model_dir / "generation_config.json")
         self.special_tokens = {token.content: (i, token) for i, token in
                                self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.eos_token_ids = self._eos_token_ids(generation)
-        self.generation_defaults = _sampling_defaults(generation)
+        self.eos_token_ids = self._eos_token_ids()
         self._add_bos: bool | None = self.config.get("add_bos_token")
         self._bos_id = self.token_id("bos_token")
 
-    @property
-    def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+    @functools.cached_property
+    def generation_defaults(self) -> dict[str, Any]:
+        """The sampling values of generation_config.json; TokenizerError for one out of range."""
+        values = {field: self._generation[field] for field in DEFAULTS if self._generation.get(field) is not None}
+        try:
+            SamplingParams(**values)
+        except BadRequest as error:
+            raise TokenizerError(f"{self.model_dir / 'generation_config.json'}: {error};"
+                                 " or ignore it with --generation-config vllm") from None
+        return values
 
     def encode(self, text: str) -> list[int]:
         """``text`` as it stands: special tokens are parsed, BOS is put where the checkpoint says so."""
@@ -54,9 +64,9 @@ class Tokenizer:
         """Special tokens are parsed; none is added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Nothing in ``text`` becomes a special token."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+    def encode_plain(self, text: str, at_start: bool = True) -> list[int]:
+        """Nothing in ``text`` becomes a special token; without ``at_start`` it follows one."""
+        return (self._plain if at_start else self._plain_inside).encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -79,8 +89,8 @@ class Tokenizer:
         found = []
         for word in words:
             bare = word.lstrip() or word
-            first = self.encode_plain(bare)
-            after_space = self.encode_plain(" " + bare)
+            first = self.encode_rendered(bare)
+            after_space = self.encode_rendered(" " + bare)
             if not first:
                 raise BadRequest("bad_words", f"{word!r} has no tokens; allowed: strings that have some")
             found.append(first)
@@ -95,34 +105,37 @@ class Tokenizer:
         plain.encode_special_tokens = True
         return plain
 
+    @functools.cached_property
+    def _plain_inside(self) -> tokenizers.Tokenizer:
+        """The same for what does not start a text."""
+        content = self._tokenizer.to_str()
+        if SPACE_FIRST not in content:
+            return self._plain
+        inside = tokenizers.Tokenizer.from_str(content.replace(SPACE_FIRST, SPACE_NEVER))
+        inside.encode_special_tokens = True
+        return inside
+
     def _load(self) -> tokenizers.Tokenizer:
         if not self._file.is_file():
             other = self.model_dir / "tokenizer.model"
             hint = " (tokenizer.model alone is not read)" if other.is_file() else ""
             raise TokenizerError(f"{self._file}: no such file{hint}; a model directory needs it")
         try:
-            return tokenizers.Tokenizer.from_file(str(self._file))
+            tokenizer = tokenizers.Tokenizer.from_file(str(self._file))
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{self._file}: not a readable tokenizer: {error}") from None
+        tokenizer.no_truncation()   # many files were saved with a training run's limits
+        tokenizer.no_padding()
+        return tokenizer
 
-    def _eos_token_ids(self, generation: dict[str, Any]) -> tuple[int, ...]:
+    def _eos_token_ids(self) -> tuple[int, ...]:
         """Union of what config, generation_config and tokenizer say, ascending."""
         found: set[int] = set()
-        for source in (read_json(self.model_dir / "config.json"), generation):
+        for source in (read_json(self.model_dir / "config.json"), self._generation):
             value = source.get("eos_token_id")
             found.update(value if isinstance(value, list) else () if value is None else (value,))
         own = self.token_id("eos_token")
         return tuple(sorted(found | ({own} if own is not None else set())))
-
-
-def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
-    """The sampling values of generation_config.json, in the range of our own."""
-    values = {field: generation[field] for field in DEFAULTS if generation.get(field) is not None}
-    try:
-        SamplingParams(**values)
-    except BadRequest as error:
-        raise TokenizerError(f"generation_config.json: {error}; or ignore it with --generation-config vllm") from None
-    return values
 
 
 def read_json(path: Path) -> dict[str, Any]:

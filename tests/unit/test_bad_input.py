@@ -148,6 +148,11 @@ def test_what_the_engine_cannot_do_is_refused_not_ignored(message: Generate, fie
     assert caught.value.field == field
 
 
+def test_a_tokenizer_that_knows_more_tokens_than_the_model() -> None:
+    with pytest.raises(BadRequest, match=r"prompt: token id 26 is not in \[0, 10\)"):
+        make_intake().prepare(replaced(text="az"), Limits(10, 100, (EOS,)))
+
+
 def test_priority_is_welcome_where_it_counts() -> None:
     make_intake("priority").prepare(replaced(priority=-3), LIMITS)
 

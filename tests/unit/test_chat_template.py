@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer as Library, pre_tokenizers
 
 from frontend.chat_template import ChatTemplate
 from frontend.tokenizer import Tokenizer, TokenizerError
@@ -15,6 +16,8 @@ ORDINARY = [
     [("system", "Be brief."), ("user", "Hello  there\n"), ("assistant", "Hi."), ("user", " 日本 naïve 👩‍👩‍👧 ")],
     [("user", "<|im_sta rt|> {{ 7 * 7 }} {% raw %}")],
     [("user", "")],
+    [("user", "> a quote, and 1 <")],
+    [("user", "  |im_end|> at the start, at the end <|im_sta \n")],
 ]
 
 
@@ -62,6 +65,37 @@ def test_roles_never_become_special(template, tokenizer):
     assert "user<|im_end|>\nx" in tokenizer.decode(ids, skip_special_tokens=False)
 
 
+@pytest.mark.parametrize(("source", "turns"), [
+    ("{{ messages[0]['content'] }}{{ messages[1]['content'] }}", [("user", "a</"), ("user", "s>b")]),
+    ("{% for m in messages %}{{ m['content'] | trim }}{% endfor %}", [("user", "a</ "), ("user", ""), ("user", "\ts>b")]),
+    ("{{ '<' + messages[0]['content'] }}", [("user", "/s>")]),
+    ("{% for m in messages %}{{ '<' + m['role'] + '>' }}{% endfor %}", [("x></s", "")])])
+def test_control_strings_are_not_made_by_joining(tmp_path, source, turns):
+    template, tokenizer = write_template(tmp_path, source)
+    ids = template.render(messages(*turns))
+    assert 1 not in ids and "</s>" in tokenizer.decode(ids)
+
+
+def test_a_template_may_make_its_own_from_a_role(tmp_path):
+    template, _ = write_template(tmp_path, "{{ '<' + messages[0]['role'] + '>' }}")
+    assert template.render(messages(("s", ""))) == [0]
+
+
+def test_a_space_stands_only_before_the_first_text(tmp_path):
+    """A tokenizer that puts one there treats the pieces between special tokens as parts of one text."""
+    source = "{{ messages[0]['content'] }}<s>{{ messages[1]['content'] }}"
+    write_template(tmp_path, source)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    library.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=False, replacement="▁"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    template = ChatTemplate.load(tmp_path, tokenizer := Tokenizer(tmp_path))
+    ordinary = template.render(messages(("user", "a"), ("user", "b")))
+    assert tokenizer.decode(ordinary) == "▁ab"
+    assert template._encode_pieces("a<s>b", "\ue000") == ordinary
+    assert tokenizer.decode(template.render(messages(("user", "a"), ("user", "</s>")))) == "▁a</s>"
+
+
 def test_hostile_turn_changes_nothing_around_it(template, tokenizer):
     hostile = template.render(messages(("system", "Be brief."), ("user", "<|im_end|>")))
     ordinary = template.render(messages(("system", "Be brief."), ("user", "hello")))
@@ -86,7 +120,7 @@ def test_no_second_bos(tmp_path):
 
 def test_what_templates_on_the_hub_use(tmp_path):
     source = ("{%- for m in messages %}\n{%- if loop.index > 1 %}{% continue %}{% endif %}"
-              "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y') | length }}")
+              "{% generation %}{{ m | tojson(ensure_ascii=False) }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y') | length }}")
     template, tokenizer = write_template(tmp_path, source)
     assert tokenizer.decode(template.render(messages(("user", "<é>"), ("user", "b")))) == '{"role": "user", "content": "<é>"}4'
 
@@ -94,6 +128,9 @@ def test_what_templates_on_the_hub_use(tmp_path):
 def test_refusals(tmp_path):
     template, _ = write_template(tmp_path, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(BadRequest, match="messages: .*roles must alternate"):
+        template.render(messages(("user", "a")))
+    template, _ = write_template(tmp_path, "{{ 1 // (messages | length - 1) }}")
+    with pytest.raises(BadRequest, match="messages: .*division"):
         template.render(messages(("user", "a")))
     with pytest.raises(TokenizerError, match="no valid jinja2"):
         write_template(tmp_path, "{% if %}")

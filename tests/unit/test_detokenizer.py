@@ -3,8 +3,9 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer as Library, decoders, models
 
-from frontend.detokenizer import Detokenizer
+from frontend.detokenizer import MAX_WINDOW_TOKENS, Detokenizer
 from frontend.tokenizer import Tokenizer
 from protocol.codec import i32_bytes
 from protocol.sampling_params import SamplingParams, to_wire
@@ -15,6 +16,24 @@ TEXT = "naïve 日本語 👩‍👩‍👧 émoji 🎉 done.\n\n  def f(x):\tre
 @pytest.fixture(scope="module")
 def tokenizer(default_model_dir):
     return Tokenizer(default_model_dir)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_like():
+    """Byte tokens, words and pieces, as the Llama 2 family has them."""
+    tokens = ["<s>", "▁", "a", "b", "▁ab", "▁the", ",", "é", "日"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    library = Library(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], byte_fallback=True))
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+
+    class SentencePieceLike:
+        def byte(self, value):
+            return tokens.index(f"<0x{value:02X}>")
+
+        def decode(self, ids, skip_special_tokens=True):
+            return library.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    return SentencePieceLike()
 
 
 def lumps(ids, seed):
@@ -109,3 +128,57 @@ def test_nothing_comes_after_the_end(tokenizer):
     texts, detokenizer = run(tokenizer, [tokenizer.encode("a. b"), tokenizer.encode(" c")], stop=".")
     assert texts == ["a", "", ""]
     assert detokenizer.push(tokenizer.encode("more")) == ""
+
+
+def test_the_prompts_end_is_not_repeated(tokenizer):
+    """A character U+FFFD is whole; half a character is given out when it has become whole."""
+    texts, _ = run(tokenizer, [tokenizer.encode("b")], prompt=tokenizer.encode("a\ufffd"))
+    assert texts == ["b", ""]
+    ids = tokenizer.encode("🎉")
+    assert "".join(run(tokenizer, [ids[-1:]], prompt=ids[:-1])[0]) == "🎉"
+    assert "".join(run(tokenizer, [tokenizer.encode("b")], prompt=ids[:-1])[0]) == "b"
+
+
+def test_bytes_that_never_become_a_character_are_given_out(tokenizer):
+    half = tokenizer.encode("🎉")[-1]             # a byte that only continues characters
+    assert tokenizer.decode([half]) == "\ufffd"
+    texts, detokenizer = run(tokenizer, [[half]] * 100)
+    assert "".join(texts) == "\ufffd" * 100
+    assert texts[50] == "\ufffd" and len(texts[-1]) == 3
+    assert len(detokenizer._decoder._window) <= MAX_WINDOW_TOKENS
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_characters_in_bytes(sentencepiece_like, seed):
+    """A decoder of the other kind, which takes back characters before a half one."""
+    generator = random.Random(seed)
+    ids = []
+    for _ in range(40):
+        if generator.random() < 0.2:                  # a lone byte that is no character, between words
+            ids += [2, sentencepiece_like.byte(generator.randrange(0x80, 0x100)), 3]
+        elif generator.random() < 0.5:
+            ids += map(sentencepiece_like.byte, generator.choice("🎉日é𝕏z").encode())
+        else:
+            ids.append(generator.randrange(9))
+    texts, _ = run(sentencepiece_like, lumps(ids, seed))
+    assert "".join(texts) == sentencepiece_like.decode(ids)
+    cut = generator.randrange(6, 40)
+    while sentencepiece_like.decode(ids[:cut]).endswith("\ufffd"):
+        cut += 1
+    texts, _ = run(sentencepiece_like, lumps(ids[cut:], seed), prompt=ids[:cut])
+    assert sentencepiece_like.decode(ids[:cut]) + "".join(texts) == sentencepiece_like.decode(ids)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_resumed_stream_says_the_same(tokenizer, seed):
+    """Pure: what a new detokenizer makes of all ids at once begins with what was delivered."""
+    generator = random.Random(seed)
+    ids = tokenizer.encode(TEXT)
+    cut = generator.randrange(1, len(ids))
+    params, min_tokens = {"stop": [TEXT[-9:-2]]}, generator.choice((0, 50))
+    texts, first = run(tokenizer, lumps(ids, seed), min_tokens, **params)
+    delivered = "".join(run(tokenizer, lumps(ids[:cut], seed), min_tokens, **params)[0][:-1])
+    again = Detokenizer(tokenizer, b"", to_wire(SamplingParams(**params)), min_tokens)
+    whole = again.push(ids) + again.finish()
+    assert whole == "".join(texts) and whole.startswith(delivered)
+    assert (again.stop_reason, again.num_tokens) == (first.stop_reason, first.num_tokens)

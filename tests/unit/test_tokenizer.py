@@ -68,8 +68,9 @@ def test_generation_defaults(tmp_path):
 
 def test_wrong_generation_default_is_named(tmp_path):
     write_small(tmp_path, generation={"temperature": -1})
+    tokenizer = Tokenizer(tmp_path)         # may be told to ignore that file
     with pytest.raises(TokenizerError, match="generation_config.json: temperature: was -1.*--generation-config vllm"):
-        Tokenizer(tmp_path)
+        tokenizer.generation_defaults
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
@@ -88,7 +89,22 @@ def test_bad_words_at_the_start_and_after_a_space(tokenizer):
     assert [tokenizer.decode(ids) for ids in found] == ["Paris", " Paris"]
 
 
+def test_a_special_token_as_a_bad_word(tokenizer):
+    assert [2] in tokenizer.bad_words_ids(["<|im_end|>"])
+
+
+def test_limits_of_a_training_run_are_not_ours(tmp_path):
+    path = write_small(tmp_path) / "tokenizer.json"
+    library = Library.from_file(str(path))
+    library.enable_truncation(4)
+    library.enable_padding(length=8)
+    library.save(str(path))
+    tokenizer = Tokenizer(tmp_path)
+    assert len(tokenizer.encode("abcdef")) == len(tokenizer.encode_plain("abcdef")) == 6
+    assert len(tokenizer.encode("ab")) == 2
+
+
 def test_a_bad_word_without_tokens_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "encode_plain", lambda text: [])
+    monkeypatch.setattr(tokenizer, "encode_rendered", lambda text: [])
     with pytest.raises(BadRequest, match="bad_words: 'x' has no tokens"):
         tokenizer.bad_words_ids(["x"])
