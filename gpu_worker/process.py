@@ -156,12 +156,12 @@ class Service:
     def _run_plan(self, plan: StepPlan) -> None:
         self._page.add("steps_started")
         result = self._worker.runner.execute(plan)
-        self._send(result)
         self._page.add("tokens", len(result.token_ids) // 4)
         if result.timings_us is not None:
             self._page.set("step_us", int(i32_column(result.timings_us)[-1]))
             self._page.add("computed_tokens", int(i32_column(plan.num_tokens).sum()))
         self._page.add("steps_done")
+        self._send(result)      # last: who has the result finds it counted
 
     def _send(self, message: Hello | WorkerReady | StepResult) -> None:
         self._unsent.append(to_core.encode(message))
