@@ -150,8 +150,8 @@ class Service:
         return WorkerReady(
             epoch=self._epoch, gen=self._context.gen, numerics_fingerprint=worker.numerics_fingerprint,
             num_blocks=worker.num_blocks, max_num_seqs=worker.runner.states.max_num_seqs, vocab_size=spec.vocab_size,
-            eos_token_ids=i32_bytes(spec.eos_token_ids), capabilities=[], max_model_len=worker.max_model_len,
-            bit_exact=worker.bit_exact)
+            eos_token_ids=i32_bytes(spec.eos_token_ids), capabilities=[] if worker.device == "cpu" else ["cuda"],
+            max_model_len=worker.max_model_len, bit_exact=worker.bit_exact)
 
     def _run_plan(self, plan: StepPlan) -> None:
         self._page.add("steps_started")
