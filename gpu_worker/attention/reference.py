@@ -24,6 +24,7 @@ from gpu_worker.attention import schedule
 from gpu_worker.attention.interface import AttentionLayer, AttentionMetadata
 from gpu_worker.attention.schedule import QUERY_BLOCK_SIZES, TILE_TOKENS, Group, Slice
 from gpu_worker.kv_cache import KVCache
+from gpu_worker.product_dtype import product_dtype
 
 HIDDEN_SCORE = -1e30              # below every real score, and finite: differences of two are not NaN
 SLICE_BYTES = 12 << 20            # temporaries of one slice: they should stay in the last-level cache
@@ -187,7 +188,7 @@ def _attend_slice(layer: AttentionLayer, part: _SliceTensors, packed: Tensor, ke
     num_items = len(part.block_ids)
     keys = key.index_select(0, part.block_ids).view(num_items * kv_heads, TILE_TOKENS, dim)
     queries = packed.index_select(0, part.item_block).view(num_items * kv_heads, rows, dim)
-    scores = torch.bmm(queries, keys.transpose(1, 2)).float().mul_(layer.scale)
+    scores = _product(queries, keys.transpose(1, 2)).float().mul_(layer.scale)
     if layer.softcap is not None:
         scores = _softcap(scores, layer.softcap)
     scores = scores.view(num_items, kv_heads, rows, TILE_TOKENS)
@@ -208,12 +209,18 @@ def _attend_slice(layer: AttentionLayer, part: _SliceTensors, packed: Tensor, ke
     torch.sum(weights, -1, out=products[..., dim])
     weights = weights.view(num_items * kv_heads, rows, TILE_TOKENS).to(packed.dtype)
     values = values.view(num_items * kv_heads, TILE_TOKENS, dim)
-    products[..., :dim] = torch.bmm(weights, values).view(num_items, kv_heads, rows, dim)
+    products[..., :dim] = _product(weights, values).view(num_items, kv_heads, rows, dim)
     sums = total[plan.first_segment:end].zero_()
     item = 0
     for run in plan.runs:
         sums[:run] += products[item:item + run]
         item += run
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """[n, rows, k] · [n, k, columns], in an arithmetic that is fast here."""
+    inside = product_dtype(a.dtype, a.device)
+    return torch.bmm(a.to(inside), b.to(inside))
 
 
 def _softcap(scores: Tensor, cap: float) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_worker.product_dtype import onednn_multiplies, product_dtype
+
 _PACK = torch.ops.mkldnn._reorder_linear_weight
 _PACKED_PRODUCT = torch.ops.mkldnn._linear_pointwise.default
 
@@ -26,9 +28,11 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
 class Linear:
     """x [rows, in] → x · weightᵀ + bias [rows, out], in the weight's dtype."""
 
-    __slots__ = ("_weight", "_bias", "_packed")
+    __slots__ = ("out_features", "in_features", "input_dtype", "_weight", "_bias", "_packed")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.input_dtype = weight.dtype
         self._packed = packs(weight.dtype, weight.device)
         self._weight = _PACK(weight.contiguous()) if self._packed else weight
         self._bias = bias
@@ -46,9 +50,11 @@ class LMHead:
     is kept in float32 (twice the bytes); its products and sums are exact as before.
     """
 
-    __slots__ = ("_weight", "_bias", "_linear")
+    __slots__ = ("out_features", "in_features", "input_dtype", "_weight", "_bias", "_linear")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.input_dtype = weight.dtype
         on_cpu = weight.device.type == "cpu"
         self._linear = Linear(weight.float(), None if bias is None else bias.float()) if on_cpu else None
         self._weight = None if on_cpu else weight

@@ -16,8 +16,8 @@ from gpu_worker.attention.interface import AttentionBackend
 from gpu_worker.attention.reference import ReferenceAttention
 from gpu_worker.models import decoder_config, weights
 from gpu_worker.models.decoder import Decoder
-from gpu_worker.models.layers import packs
 from gpu_worker.models.spec import LoadedModel, ModelError, ModelSpec
+from gpu_worker.product_dtype import onednn_multiplies
 
 __all__ = ["LoadedModel", "ModelError", "ModelSpec", "load_model"]
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def resolve_dtype(asked: str, stored: str | None, device: torch.device) -> torch
             logger.warning("dtype float16 on a CPU is many times slower than bfloat16 or float32")
         return DTYPES[asked]
     if device.type == "cpu":
-        chosen = "bfloat16" if packs(torch.bfloat16, device) else "float32"
+        chosen = "bfloat16" if onednn_multiplies(torch.bfloat16, device) else "float32"
     elif stored == "float16" or not torch.cuda.is_bf16_supported():
         chosen = "float16"
     else:
