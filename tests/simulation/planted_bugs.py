@@ -1,0 +1,94 @@
+"""Bugs that the simulation has to find: each replaces a collaborator while it is planted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import msgspec
+import numpy as np
+
+from core_proc import engine_core
+from core_proc.kv_cache_manager import KVCacheManager
+from core_proc.live_requests import LiveRequests
+from core_proc.plan_builder import build_plan
+from core_proc.request import Request, RequestStatus
+from core_proc.request_rows import RequestRows
+from core_proc.scheduler import Scheduler
+from protocol.messages import Finish
+
+
+def _publish_when_scheduled() -> Any:
+    advance = Scheduler._advance
+
+    def wrong(self: Scheduler, rows: np.ndarray, num_tokens: np.ndarray) -> Any:
+        result = advance(self, rows, num_tokens)
+        columns = self.live.rows
+        for row in rows:
+            confirmed = columns.num_applied[row]
+            columns.num_applied[row] = columns.num_computed[row]
+            self.live.kv.publish(columns.request[row])
+            columns.num_applied[row] = confirmed
+        return result
+
+    return patch.object(Scheduler, "_advance", wrong)
+
+
+def _restart_without_admissions() -> Any:
+    def wrong(epoch: int, gen: int, step: Any, scheduled: Any, live: Any, restart_after: int | None) -> Any:
+        plan = build_plan(epoch, gen, step, scheduled, live, None)
+        return msgspec.structs.replace(plan, restart_after=restart_after)
+
+    return patch.object(engine_core, "build_plan", wrong)
+
+
+def _readmit_with_a_chunk_in_flight() -> Any:
+    release = RequestRows.release
+
+    def wrong(self: RequestRows, request: Request) -> list[int]:
+        blocks = release(self, request)
+        if not request.num_in_flight:
+            request.steps_in_flight = 0      # only samples are waited for
+        return blocks
+
+    return patch.object(RequestRows, "release", wrong)
+
+
+def _wait_for_a_hash() -> Any:
+    def wrong(self: KVCacheManager, request: Request, serial: int, end: int) -> bool:
+        return request.status is not RequestStatus.FINISHED
+
+    return patch.object(KVCacheManager, "_is_alive", wrong)
+
+
+def _keep_a_block_of_an_abort_in_flight() -> Any:
+    finish = LiveRequests.finish
+
+    def wrong(self: LiveRequests, request: Request, reason: Finish, stop_token: int = -1) -> None:
+        row = request.req_idx
+        if reason is Finish.ABORT and row >= 0 and self.rows.steps[row] and self.rows.num_blocks[row]:
+            self.rows.num_blocks[row] -= 1
+        finish(self, request, reason, stop_token)
+
+    return patch.object(LiveRequests, "finish", wrong)
+
+
+BUGS = {
+    "publishing when scheduled": _publish_when_scheduled,
+    "a restart that does not re-admit": _restart_without_admissions,
+    "re-admission while a chunk of the request is in flight": _readmit_with_a_chunk_in_flight,
+    "waiting for a hash instead of a living writer": _wait_for_a_hash,
+    "a block not freed on an abort in flight": _keep_a_block_of_an_abort_in_flight,
+}
+
+
+@contextmanager
+def plant(bug: str | None) -> Iterator[None]:
+    """Within it the core has ``bug``; None: as it is."""
+    if bug is None:
+        yield
+        return
+    with BUGS[bug]():
+        yield
