@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -20,6 +21,8 @@ from protocol.codec import BLOCK_SIZE_TOKENS
 from protocol.config import SchedulerConfig
 
 logger = logging.getLogger(__name__)
+CPU_INFO = Path("/proc/cpuinfo")
+KERNEL_SETTINGS = ("ONEDNN_", "DNNL_", "MKL_")    # environment variables of the matrix libraries
 KV_SHARE = 0.4          # of the available memory, where the user gives no number
 
 
@@ -48,6 +51,16 @@ def choose_device(asked: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """``cpu``, or the accelerator's own name."""
     return "cpu" if device.type == "cpu" else f"{device.type} ({torch.cuda.get_device_name(device)})"
+
+
+def arithmetic(device: torch.device) -> list[str]:
+    """What the libraries of a device choose their kernels by."""
+    if device.type != "cpu":
+        return [device_name(device)]
+    lines = CPU_INFO.read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines()
+    processor = [line for line in lines if line.startswith(("model name", "flags"))]
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(KERNEL_SETTINGS)]
+    return [torch.backends.cpu.get_cpu_capability(), *processor, *settings]
 
 
 def choose_threads(asked: int | None) -> int:

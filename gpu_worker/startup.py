@@ -10,20 +10,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gpu_worker.device import available_bytes, choose_device, choose_threads, device_name, size_kv
+from gpu_worker.device import arithmetic, available_bytes, choose_device, choose_threads, device_name, size_kv
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.models.registry import load_model
 from gpu_worker.models.spec import LoadedModel
 from gpu_worker.request_states import RequestStates
 from gpu_worker.row_buckets import RowBuckets
+from gpu_worker.self_check import Verdict, self_check
 from protocol.config import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -54,22 +54,35 @@ def load_worker(config: EngineConfig) -> LoadedWorker:
                        max_model_len=config.model.max_model_len, num_threads=num_threads)
     loaded = time.perf_counter()
     buckets = RowBuckets(enabled=os.environ.get(NO_ROW_PADDING) != "1")
+    fingerprint = _fingerprint(model, device, num_threads, buckets)
+    verdict = self_check(model, buckets, fingerprint, config.scheduler.max_num_seqs)
+    _log(verdict, model, device)
+    checked = time.perf_counter()
     size = size_kv(model.spec, config.scheduler, config.model.max_model_len, available_bytes(device))
     kv = KVCache(model.spec, size.num_blocks, model.spec.dtype, device)
     states = RequestStates(config.scheduler.max_num_seqs, size.max_model_len, model.spec.vocab_size, size.num_blocks, device)
-    logger.info("model %.2f s, memory %.2f s; KV cache %d blocks, %.0f MB; row tables %.1f MB", loaded - started,
-                time.perf_counter() - loaded, size.num_blocks,
+    logger.info("model %.2f s, self-check %.2f s, memory %.2f s; KV cache %d blocks, %.0f MB; row tables %.1f MB", loaded - started,
+                checked - loaded, time.perf_counter() - checked, size.num_blocks,
                 size.num_blocks * KVCache.block_bytes(model.spec, model.spec.dtype) / 1e6, states.table_bytes() / 1e6)
     return LoadedWorker(
         runner=ModelRunner(model, kv, states, buckets), device=device_name(device),
         dtype=str(model.spec.dtype).removeprefix("torch."), num_threads=num_threads, num_blocks=size.num_blocks,
-        max_model_len=size.max_model_len, numerics_fingerprint=_fingerprint(model, device, num_threads, buckets),
-        bit_exact=False)
+        max_model_len=size.max_model_len, numerics_fingerprint=_joined(fingerprint, str(verdict.bit_exact)),
+        bit_exact=verdict.bit_exact)
+
+
+def _log(verdict: Verdict, model: LoadedModel, device: torch.device) -> None:
+    """A broken promise is a warning; one that nobody gave is a piece of information."""
+    promised = model.spec.backend == "decoder" and device.type == "cpu"
+    for reason in verdict.reasons:
+        logger.log(logging.WARNING if promised else logging.INFO, "outputs may depend on what else is in the batch: %s", reason)
 
 
 def _fingerprint(model: LoadedModel, device: torch.device, num_threads: int, buckets: RowBuckets) -> str:
     """Equal where equal requests give equal bits: everything that chooses an arithmetic."""
-    instructions = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    parts = (model.weights_fingerprint, str(model.spec.dtype), model.spec.backend, model.attention.name, device.type, instructions,
-             platform.machine(), str(num_threads), torch.__version__, str(buckets.enabled))
+    return _joined(model.weights_fingerprint, str(model.spec.dtype), model.spec.backend, model.attention.name, *arithmetic(device),
+                   str(num_threads), torch.__version__, str(buckets.enabled))
+
+
+def _joined(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -56,6 +56,9 @@ class _Layer:
                                       bias=config.mlp_bias)
         self._down = loader.linear(f"{prefix}.mlp", ("down_proj",), (hidden,), config.intermediate_size, bias=config.mlp_bias)
 
+    def linears(self) -> list[Linear]:
+        return [self._qkv, self._output, self._gate_up, self._down]
+
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, step: StepAttention) -> Tensor:
         """hidden [num_padded_tokens, hidden_size], cos and sin [num_padded_tokens, 1, head_dim // 2]."""
         qkv = self._qkv(F.rms_norm(hidden, self._input_norm.shape, self._input_norm, self._eps))
@@ -114,3 +117,9 @@ class Decoder:
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)
+
+    def linears(self) -> list[Linear]:
+        return [linear for layer in self._layers for linear in layer.linears()]
+
+    def head(self) -> LMHead:
+        return self._head

@@ -1,7 +1,8 @@
 """What a loaded model is to the rest of the worker, whichever backend runs it.
 
-``ModelSpec`` are its shapes and limits; ``LoadedModel`` its three abilities: forward,
-logits, and a fingerprint of its weights.  Made by ``registry.load_model``.
+``ModelSpec`` are its shapes and limits; ``LoadedModel`` its abilities: forward, logits, a
+fingerprint of its weights, and its products one by one, for the self-check.  Made by
+``registry.load_model``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class ModelSpec:
     max_model_len: int                    # tokens, as the model's config allows
     dtype: torch.dtype                    # of weights and KV cache
     eos_token_ids: tuple[int, ...]        # ascending; config and generation_config together
-    supports_bit_exact: bool              # False: a row's bits are known to depend on the batch
+    supports_bit_exact: bool              # False: a row's bits may depend on the batch; not even checked
 
     @property
     def num_layers(self) -> int:
@@ -53,6 +54,18 @@ class ModelSpec:
         return max(layer.head_dim for layer in self.layers)
 
 
+class RowProduct(Protocol):
+    """A weight matrix, and a bias, that rows are multiplied with."""
+
+    in_features: int
+    out_features: int
+    input_dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in_features] in ``input_dtype`` → [rows, out_features]."""
+        ...
+
+
 class LoadedModel(Protocol):
     """A model with its weights, ready to run."""
 
@@ -66,4 +79,12 @@ class LoadedModel(Protocol):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden_size], n padded to a bucket by the caller → float32 [n, vocab_size]."""
+        ...
+
+    def linears(self) -> list[RowProduct]:
+        """Every product that a forward runs, but for attention's."""
+        ...
+
+    def head(self) -> RowProduct:
+        """The product behind ``compute_logits``."""
         ...

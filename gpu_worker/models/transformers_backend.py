@@ -39,10 +39,10 @@ class _PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.empty_like(linear.weight, device="meta")
-        self._linear = Linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        self.product = Linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._linear(x)
+        return self.product(x)
 
 
 class _Head(nn.Module):
@@ -51,10 +51,10 @@ class _Head(nn.Module):
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
         self.weight = head.weight
-        self._head = LMHead(head.weight.detach(), None if head.bias is None else head.bias.detach())
+        self.product = LMHead(head.weight.detach(), None if head.bias is None else head.bias.detach())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden[0])[None]
+        return self.product(hidden[0])[None]
 
 
 class _GivenHidden(nn.Module):
@@ -89,6 +89,12 @@ class TransformersModel:
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self._head(input_ids=None, inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+    def linears(self) -> list[Linear]:
+        return [module.product for module in self._base.modules() if isinstance(module, _PackedLinear)]
+
+    def head(self) -> LMHead:
+        return self._head.get_output_embeddings().product
 
 
 def load_transformers_model(model_dir: Path, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None,
