@@ -1,16 +1,20 @@
 """Random models of a few thousand parameters, written as checkpoint directories.
 
-Used by the tests of the worker.  Norms are drawn at random too, and matrices large enough
-that logits differ by more than rounding.
+Used by the tests of the worker.  Norms and biases are drawn at random too, and matrices large
+enough that logits differ by more than rounding.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 TINY_LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 257, "hidden_size": 32, "intermediate_size": 64,
@@ -47,19 +51,31 @@ def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_gpt_neox(path: Path, seed: int = 0) -> Path:
-    """A random GPT-NeoX in bfloat16 with a tokenizer of bytes: run by the transformers backend."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+def write_random_model(path: Path, config: PreTrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """A random checkpoint of any architecture that transformers knows.
+
+    Biases and norms, which transformers starts at zeros and ones, are drawn at random too: a
+    missing one shows.
+    """
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = GPTNeoXConfig(vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-                           max_position_embeddings=2048, initializer_range=0.1, bos_token_id=0, eos_token_id=1)
-    model = GPTNeoXForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.to(torch.bfloat16).save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
+    return path
+
+
+def write_gpt_neox(path: Path, seed: int = 0) -> Path:
+    """A random GPT-NeoX in bfloat16 with a tokenizer of bytes: run by the transformers backend."""
+    from transformers import GPTNeoXConfig
+
+    config = GPTNeoXConfig(vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+                           max_position_embeddings=2048, initializer_range=0.1, bos_token_id=0, eos_token_id=1)
+    write_random_model(path, config, seed=seed, dtype=torch.bfloat16)
     write_byte_tokenizer(path)
     return path
 

@@ -8,6 +8,7 @@ for equal to the windows that it gives, and a probe in chunks equal to its own f
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from gpu_worker.attention import transformers_bridge as bridge
@@ -57,6 +58,18 @@ class _Head(nn.Module):
         return self.product(hidden[0])[None]
 
 
+@dataclass
+class _GivenOutput(ModelOutput):
+    """What causal models read of their base model's output."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: None = None
+    hidden_states: None = None
+    attentions: None = None
+    cross_attentions: None = None       # GPT-2 and its like
+    router_logits: None = None          # mixtures of experts
+
+
 class _GivenHidden(nn.Module):
     """Stands for the base model when only the head runs: its output is what it is given."""
 
@@ -64,8 +77,8 @@ class _GivenHidden(nn.Module):
     def decoder(self) -> _GivenHidden:
         return self
 
-    def forward(self, *_arguments: Any, inputs_embeds: Tensor, **_keywords: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_arguments: Any, inputs_embeds: Tensor, **_keywords: Any) -> _GivenOutput:
+        return _GivenOutput(last_hidden_state=inputs_embeds)
 
 
 class TransformersModel:
@@ -151,6 +164,10 @@ def _load(model_dir: Path, config: Any, dtype: torch.dtype, device: torch.device
         model, report = AutoModelForCausalLM.from_pretrained(
             model_dir, config=config, dtype=dtype, attn_implementation=bridge.NAME, local_files_only=True,
             use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    except KeyError as error:
+        if error.args != (bridge.NAME,):
+            raise ModelError(f"model_type {config.model_type}: KeyError: {_first_line(error)}") from None
+        raise ModelError(f"model_type {config.model_type}: does not support paged attention (it has only attention of its own)") from None
     except (ValueError, OSError, RuntimeError) as error:
         raise ModelError(f"model_type {config.model_type}: {_first_line(error)}") from None
     finally:
