@@ -8,6 +8,8 @@ for equal to the windows that it gives, and a probe in chunks equal to its own f
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,11 +183,8 @@ def _load(model_dir: Path, config: Any, dtype: torch.dtype, device: torch.device
 def _record_layers(model: nn.Module, config: Any, device: torch.device) -> tuple[AttentionLayer, ...]:
     """What each layer asks of attention; refuses a model that does not ask exactly once a layer."""
     step, tokens = bridge.RecordingStep(), torch.arange(4, device=device)
-    with bridge.recorded_masks() as masks, torch.inference_mode():
-        try:
-            _run_base(model.base_model, tokens, tokens, step)
-        except (TypeError, AttributeError) as error:
-            raise ModelError(f"model_type {config.model_type}: cannot run on paged attention: {_first_line(error)}") from None
+    with bridge.recorded_masks() as masks, torch.inference_mode(), _foreign_code(config.model_type):
+        _run_base(model.base_model, tokens, tokens, step)
     if [layer.index for layer in step.layers] != list(range(config.num_hidden_layers)):
         raise ModelError(f"model_type {config.model_type}: does not support paged attention (it must be called once in each of "
                          f"{config.num_hidden_layers} layers, and was for {[layer.index for layer in step.layers]})")
@@ -197,11 +196,22 @@ def _record_layers(model: nn.Module, config: Any, device: torch.device) -> tuple
     return tuple(step.layers)
 
 
+@contextlib.contextmanager
+def _foreign_code(model_type: str) -> Iterator[None]:
+    """What a model's own code cannot do, as one sentence that names the model."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
+        raise ModelError(f"model_type {model_type}: cannot run on paged attention: {_first_line(error)}") from None
+
+
 def _own_logits(model: nn.Module, token_ids: Tensor) -> Tensor:
     """float32 [num_tokens, vocab_size] by the model's own attention."""
     try:
         model.set_attn_implementation("eager")
-        with torch.inference_mode():
+        with torch.inference_mode(), _foreign_code(model.config.model_type):
             return model(input_ids=token_ids[None], use_cache=False).logits[0].float()
     finally:
         model.set_attn_implementation(bridge.NAME)
@@ -241,10 +251,8 @@ def _check_probe(model: TransformersModel, token_ids: Tensor, expected: Tensor) 
             query_start_loc=torch.tensor([0, count, count + PROBE_OTHER], dtype=torch.int32, device=device),
             seq_lens=torch.from_numpy(lens).to(device), block_table=torch.tensor([[0], [1]], dtype=torch.int32, device=device),
             slot_mapping=slots, query_lens_host=queries, seq_lens_host=lens, num_tokens=len(tokens))
-        try:
+        with _foreign_code(model.spec.name):
             logits.append(model.compute_logits(model.forward(tokens, positions, metadata, kv))[:count])
-        except (TypeError, AttributeError) as error:
-            raise ModelError(f"model_type {model.spec.name}: cannot run on paged attention: {_first_line(error)}") from None
         begin += count
     difference = float((torch.cat(logits) - expected).abs().mean() / expected.std())
     allowed = 1e-3 if model.spec.dtype == torch.float32 else 0.1

@@ -42,6 +42,7 @@ def test_other_architectures_load(tmp_path: Path, family: str, changes: dict[str
     ("StableLm", {}, "StableLmAttention: does not hand keyword arguments through to its attention"),
     ("GptOss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2},
      "GptOssAttention: asks its attention for s_aux, which paged attention lacks"),
+    ("Xmod", {"is_decoder": True}, "model_type xmod: cannot run on paged attention: Input language unknown"),
     ("Mamba", {}, "model_type mamba: does not support paged attention"),
     ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
      "rope_type dynamic: not supported, a request's output would depend on its neighbours"),
