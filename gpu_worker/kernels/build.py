@@ -1,0 +1,115 @@
+"""Compiles the kernels for the instructions that this CPU has: once, into the cache directory.
+
+Called by ``library.py`` at start.  The file name is a hash over sources, flags and compiler, so
+a library that is found is the right one; it is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from protocol.cache_dir import cache_dir
+
+SOURCES = Path(__file__).resolve().parent
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
+COMPILERS = ("g++", "c++", "clang++")
+TIMEOUT_S = 120.0
+
+
+class KernelsUnavailable(RuntimeError):
+    """There are no kernels here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A set of instructions that the kernels are written for."""
+
+    name: str
+    needs: frozenset[str]          # flags of /proc/cpuinfo
+    options: tuple[str, ...]       # of the compiler
+
+
+_AVX2 = Level("avx2", frozenset(("avx2", "fma", "f16c")), ("-mavx2", "-mfma", "-mf16c"))
+_AVX512 = Level("avx512", _AVX2.needs | {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+                (*_AVX2.options, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"))
+_VNNI = Level("avx512_vnni", _AVX512.needs | {"avx512_vnni"}, (*_AVX512.options, "-mavx512vnni"))
+_BF16 = Level("avx512_bf16", _VNNI.needs | {"avx512_bf16"}, (*_VNNI.options, "-mavx512bf16"))
+LEVELS = (_BF16, _VNNI, _AVX512, _AVX2)      # best first
+
+
+def best_level(cpu_flags: frozenset[str]) -> Level:
+    """The first level that the CPU has in full; KernelsUnavailable below AVX2."""
+    for level in LEVELS:
+        if level.needs <= cpu_flags:
+            return level
+    raise KernelsUnavailable(f"this CPU lacks {', '.join(sorted(_AVX2.needs - cpu_flags))}")
+
+
+def cpu_flags() -> frozenset[str]:
+    """What /proc/cpuinfo says of the first processor."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def build(level: Level, extra: tuple[str, ...] = ()) -> Path:
+    """The shared library for ``level``, compiled if it is not in the cache; KernelsUnavailable names what failed."""
+    compiler = _compiler()
+    flags = (*COMMON_FLAGS, *level.options, *extra)
+    place = cache_dir() / "kernels" / f"{level.name}-{_key(compiler, flags)}.so"
+    if not place.is_file():
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(prefix=".building-", dir=place.parent) as folder:
+                _compile(compiler, flags, Path(folder)).replace(place)
+        except OSError as error:
+            raise KernelsUnavailable(f"{place.parent}: {error.strerror or error}") from None
+    return place
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), *COMPILERS):
+        if name and (found := shutil.which(name)):
+            return found
+    raise KernelsUnavailable(f"no C++ compiler was found ({', '.join(COMPILERS)}, or CXX in the environment)")
+
+
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(_run([compiler, "--version"]).stdout)
+    digest.update("\0".join(flags).encode())
+    for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _compile(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
+    """All sources side by side, then one link."""
+    sources = sorted(SOURCES.glob("*.cpp"))
+    objects = [folder / f"{path.stem}.o" for path in sources]
+    running = [subprocess.Popen([compiler, *flags, "-c", str(source), "-o", str(target)], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE) for source, target in zip(sources, objects, strict=True)]
+    for source, process in zip(sources, running, strict=True):
+        errors = process.communicate(timeout=TIMEOUT_S)[1]
+        if process.returncode:
+            raise KernelsUnavailable(f"{source.name} does not compile with {compiler}: {_first_error(errors)}")
+    library = folder / "kernels.so"
+    linked = _run([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(library)])
+    if linked.returncode:
+        raise KernelsUnavailable(f"the kernels do not link with {compiler}: {_first_error(linked.stderr)}")
+    return library
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False)
+
+
+def _first_error(stderr: bytes) -> str:
+    lines = stderr.decode(errors="replace").splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else "it gave no reason").strip()

@@ -1,0 +1,41 @@
+"""The compiled kernels as Python functions on torch tensors' memory.
+
+Opened once by the worker at start.  A signature stands here once for each function of the C ABI;
+the collaborators that own a kernel (``elementwise.py`` and its neighbours) call them with
+addresses, and check shapes and types first: nothing is checked on the other side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from gpu_worker.kernels.build import Level, best_level, build, cpu_flags
+
+_ADDRESS, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    # is_bf16, hidden, added, weight, eps, rows, width, output, normed, values, scales, threads
+    "folo_add_norm": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _FLOAT, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    # is_bf16, gate_up, rows, width, output, activated, values, scales, threads
+    "folo_silu_multiply": (_INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    # is_bf16, x, rows, width, output, values, scales, threads
+    "folo_quantize_rows": (_INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _INT),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The functions, and what they were compiled for."""
+
+    level: str                 # e.g. "avx512_bf16"
+    functions: ctypes.CDLL
+
+    @classmethod
+    def open(cls, level: Level | None = None, extra: tuple[str, ...] = ()) -> Library:
+        """Compiled now if need be; KernelsUnavailable says why there is none."""
+        level = level or best_level(cpu_flags())
+        functions = ctypes.CDLL(str(build(level, extra)))
+        for name, arguments in SIGNATURES.items():
+            function = getattr(functions, name)
+            function.argtypes, function.restype = arguments, None
+        return cls(level.name, functions)
