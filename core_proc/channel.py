@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from core_proc.logprob_store import LogprobStore, widened
-from core_proc.request import Request
+from core_proc.request import NEVER, Request
 from protocol.codec import f32_bytes, i32_bytes
 from protocol.messages import EventKind, Finish, Heartbeat, Outputs, StreamPromptLogprobs, Sync
 from protocol.steps import LogprobRows
@@ -83,6 +83,8 @@ class Channel:
             prompt_logprobs=prompt_logprobs)
         for request in requests:
             request.sent_tokens = request.num_tokens
+            if request.emit_at != NEVER:
+                request.emit_at = request.num_tokens + request.stream_interval
             if request.finish is not Finish.NONE:
                 self._ended[request.stream] = (self._sent_seq, now_ns)
 

@@ -15,9 +15,9 @@ from core_proc.request import Request
 PromptRows = list[tuple[int, int, LogprobStore, int, int]]    # stream, first position, store, first and end row
 
 
-def deliver(live: LiveRequests, channels: dict[int, Channel], rows: np.ndarray, finished: list[Request],
+def deliver(live: LiveRequests, channels: dict[int, Channel], rows: np.ndarray, waiting: list[Request], finished: list[Request],
             prompt_rows: dict[int, PromptRows], now_ns: int) -> None:
-    """Send what ``rows`` owe, then the ends of ``finished``; ``prompt_rows`` by channel index."""
+    """Send what ``rows`` and ``waiting`` owe, then the ends of ``finished``; ``prompt_rows`` by channel index."""
     columns = live.rows
     due = rows[(columns.num_tokens[rows] >= columns.emit_at[rows]) & (columns.num_tokens[rows] > columns.sent[rows])]
     owners = columns.channel[due]
@@ -26,9 +26,9 @@ def deliver(live: LiveRequests, channels: dict[int, Channel], rows: np.ndarray, 
         parts = prompt_rows.get(index)
         if own.size or parts:
             _send_rows(live, channel, own, parts, now_ns)
-        ended = [r for r in finished if r.channel is channel]
-        if ended:
-            channel.outputs(ended, now_ns)
+        rest = [r for r in waiting if r.channel is channel and r.num_tokens >= r.emit_at] + [r for r in finished if r.channel is channel]
+        if rest:
+            channel.outputs(rest, now_ns)
 
 
 def _send_rows(live: LiveRequests, channel: Channel, rows: np.ndarray, parts: PromptRows | None, now_ns: int) -> None:

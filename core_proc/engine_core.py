@@ -216,7 +216,7 @@ class EngineCore:
         for request, *part in outcome.prompt_parts:
             if request.channel is not None:
                 parts.setdefault(request.channel.index, []).append((request.stream, *part))
-        deliver(self.live, self.channels, outcome.rows, outcome.finished, parts, now_ns)
+        deliver(self.live, self.channels, outcome.rows, outcome.late, outcome.finished, parts, now_ns)
 
     def _failed(self, step: Step, result: StepResult, now_ns: int) -> None:
         """Everything in flight is dead; the next plan admits all running requests anew."""

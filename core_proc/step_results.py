@@ -32,6 +32,7 @@ class Outcome:
     """What the step changed, for delivery."""
 
     rows: np.ndarray                                           # i32: still running, gained a token
+    late: list[Request] = field(default_factory=list)          # preempted meanwhile, gained a token
     finished: list[Request] = field(default_factory=list)
     first_tokens: list[Request] = field(default_factory=list)
     prompt_parts: list[PromptPart] = field(default_factory=list)
@@ -60,7 +61,10 @@ def settle(live: LiveRequests, suspects: Suspects, step: Step, result: StepResul
         request = columns.request[step.rows[at]] if here[at] else step.departed.get(at)
         if request is not None and request.status is not RequestStatus.FINISHED:
             ends[request] = (Finish.ROW_ERROR, -1)
-    ends |= _late_tokens(step, here, sampled, tokens, result.logprobs)
+    gained, late_ends = _late_tokens(step, here, sampled, tokens, result.logprobs)
+    ends |= late_ends
+    outcome.late = [request for request in gained if request not in ends]
+    outcome.first_tokens += [request for request in gained if request.num_tokens == request.prompt_len + 1]
     _publish(live, step, here, errors)
     for request, (finish, stop_token) in ends.items():
         live.finish(request, finish, stop_token)
@@ -99,8 +103,10 @@ def _append(live: LiveRequests, suspects: Suspects, step: Step, here: np.ndarray
 
 
 def _late_tokens(step: Step, here: np.ndarray, sampled: np.ndarray, tokens: np.ndarray,
-                 logprobs: LogprobRows | None) -> dict[Request, tuple[Finish, int]]:
-    """Tokens of requests that were preempted meanwhile; those of finished ones are dropped."""
+                 logprobs: LogprobRows | None) -> tuple[list[Request], dict[Request, tuple[Finish, int]]]:
+    """Requests that were preempted meanwhile and gained a token, and which of them it ended; tokens of
+    finished ones are dropped."""
+    gained: list[Request] = []
     ends = {}
     for at, request in step.departed.items():
         if here[at] or request.status is RequestStatus.FINISHED:
@@ -110,12 +116,13 @@ def _late_tokens(step: Step, here: np.ndarray, sampled: np.ndarray, tokens: np.n
         if not sampled[at]:
             continue
         request.token_ids = np.append(request.token_ids, tokens[at])
+        gained.append(request)
         if logprobs is not None:
             _store_logprobs(logprobs, sampled, {at: request})
         finish = check_request(request)
         if finish is not Finish.NONE:
             ends[request] = (finish, int(tokens[at]) if finish is Finish.STOP else -1)
-    return ends
+    return gained, ends
 
 
 def _store_logprobs(logprobs: LogprobRows, sampled: np.ndarray, requests: dict[int, Request]) -> None:
