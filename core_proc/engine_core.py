@@ -188,7 +188,7 @@ class EngineCore:
         plan = build_plan(self.ready.epoch, self.ready.gen, step, scheduled, self.live, self._restart_after)
         self._restart_after = None
         self.steps.append(step)
-        self.stats.step_scheduled(scheduled)
+        self.stats.steps_scheduled += 1
         return plan
 
     def apply(self, result: StepResult, now_ns: int) -> None:

@@ -31,6 +31,7 @@ class LiveRequests:
         self.rows, self.kv, self.waiting = rows, kv, waiting
         self.running: list[Request] = []
         self.order = np.empty(0, np.int32)
+        self.num_cached_tokens = 0       # known tokens that first admissions hit, ever
         self._by_id: dict[tuple[bytes, int], Request] = {}
         self._steps = steps              # in flight
         self._next_serial = 1
@@ -65,6 +66,7 @@ class LiveRequests:
         request.status = RequestStatus.RUNNING
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = len(hits) * self.kv.block_size
+            self.num_cached_tokens += request.num_cached_tokens
         at = bisect_left(self.running, request.order, key=_order)
         self.running.insert(at, request)
         self.order = np.insert(self.order, at, request.req_idx)

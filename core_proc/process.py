@@ -178,7 +178,7 @@ class CoreProcess:
         values: dict[str, Any] = {
             "running": len(core.live.running), "waiting": len(core.live.waiting),
             "used_blocks": core.kv.pool.num_blocks - core.kv.num_free, "steps_done": stats.steps_done,
-            "tokens": stats.tokens, "computed_tokens": stats.computed_tokens, "cached_tokens": stats.cached_tokens,
+            "tokens": stats.tokens, "computed_tokens": stats.computed_tokens, "cached_tokens": core.live.num_cached_tokens,
             "preemptions": stats.preemptions}
         for name, value in values.items():
             self.page.set(name, value)

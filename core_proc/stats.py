@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core_proc.scheduler import ScheduledStep
 from core_proc.step import Step
 from protocol.steps import StepResult
 
@@ -21,12 +20,7 @@ class Stats:
     steps_failed: int = 0
     tokens: int = 0              # sampled
     computed_tokens: int = 0
-    cached_tokens: int = 0       # taken from the prefix cache at a first admission
     preemptions: int = 0
-
-    def step_scheduled(self, scheduled: ScheduledStep) -> None:
-        self.steps_scheduled += 1
-        self.cached_tokens += sum(max(0, request.num_cached_tokens) for request in scheduled.admitted)
 
     def step_done(self, step: Step, result: StepResult) -> None:
         self.steps_done += 1

@@ -154,3 +154,15 @@ def test_many_stop_ids():
     engine.add(1, 4, max_tokens=6, stop_ids=list(range(200, 230)))
     engine.step(token=229)
     assert engine.outputs(1) == ([229], Finish.STOP)
+
+
+def test_cached_tokens_are_counted_at_a_first_admission_only():
+    engine = Harness()
+    engine.add(1, list(range(1, 10)))
+    engine.run()
+    request = engine.add(2, list(range(1, 10)), max_tokens=2)
+    engine.step()
+    assert engine.core.live.num_cached_tokens == 8
+    engine.core.live.preempt(request)
+    engine.run()
+    assert engine.core.live.num_cached_tokens == 8
