@@ -60,14 +60,6 @@ class Channel:
     def event(self, request: Request, kind: EventKind, now_ns: int) -> None:
         self._events.append((request.stream, kind, now_ns))
 
-    def resend(self, request: Request, have: int, now_ns: int) -> None:
-        """Everything of one stream from output token ``have`` on; only while it is not running."""
-        request.sent_tokens = request.prompt_len + have
-        prompt = None
-        if request.prompt_logprobs is not None and len(request.prompt_logprobs):
-            prompt = [(request.stream, 1, request.prompt_logprobs, 0, len(request.prompt_logprobs))]
-        self.outputs([request], now_ns, prompt)
-
     def outputs(self, requests: list[Request], now_ns: int,
                 prompt_logprobs: list[tuple[int, int, LogprobStore, int, int]] | None = None) -> None:
         """The unsent tokens of requests that are not running, and how they ended."""

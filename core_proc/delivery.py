@@ -10,7 +10,8 @@ import numpy as np
 from core_proc.channel import Channel
 from core_proc.live_requests import LiveRequests
 from core_proc.logprob_store import LogprobStore
-from core_proc.request import Request
+from core_proc.request import NEVER, Request, RequestStatus
+from protocol.messages import Finish
 
 PromptRows = list[tuple[int, int, LogprobStore, int, int]]    # stream, first position, store, first and end row
 
@@ -29,6 +30,25 @@ def deliver(live: LiveRequests, channels: dict[int, Channel], rows: np.ndarray, 
         rest = [r for r in waiting if r.channel is channel and r.num_tokens >= r.emit_at] + [r for r in finished if r.channel is channel]
         if rest:
             channel.outputs(rest, now_ns)
+
+
+def deliver_again(live: LiveRequests, channel: Channel, request: Request, have: int, now_ns: int) -> None:
+    """One stream from output token ``have`` on, and its prompt logprobs; one that speaks at its end waits for that."""
+    columns, row, store = live.rows, request.req_idx, request.prompt_logprobs
+    parts = [(request.stream, 1, store, 0, len(store))] if store is not None and len(store) else None
+    running = request.status is RequestStatus.RUNNING
+    known = int(columns.num_tokens[row]) if running else request.num_tokens
+    silent = request.finish is Finish.NONE and (columns.emit_at[row] if running else request.emit_at) == NEVER
+    sent = min(request.prompt_len + max(0, have), known)
+    if running:
+        columns.sent[row] = sent
+    else:
+        request.sent_tokens = sent
+    due = not silent and (known > sent or request.finish is not Finish.NONE)
+    if due and not running:
+        channel.outputs([request], now_ns, parts)
+    elif due or parts:
+        _send_rows(live, channel, np.array([row] if due else [], np.int32), parts, now_ns)
 
 
 def _send_rows(live: LiveRequests, channel: Channel, rows: np.ndarray, parts: PromptRows | None, now_ns: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from core_proc.admission_check import read_request
 from core_proc.block_pool import BlockPool
 from core_proc.channel import Channel
-from core_proc.delivery import PromptRows, deliver
+from core_proc.delivery import PromptRows, deliver, deliver_again
 from core_proc.kv_cache_manager import KVCacheManager
 from core_proc.live_requests import LiveRequests
 from core_proc.memory_pressure import MemoryPressure
@@ -145,13 +145,8 @@ class EngineCore:
         pairs = i32_column(sync.have).reshape(-1, 2).tolist()
         for stream, have in pairs:
             request = channel.streams.get(stream)
-            if request is None:
-                continue
-            if request.status is RequestStatus.RUNNING:    # delivered with its next token
-                self.rows.sent[request.req_idx] = request.prompt_len + have
-                self.rows.emit_at[request.req_idx] = request.prompt_len + have + 1
-            else:
-                channel.resend(request, have, now_ns)
+            if request is not None:
+                deliver_again(self.live, channel, request, have, now_ns)
         channel.send(Sync, now_ns, have=b"".join(
             int(v).to_bytes(4, "little") for s in channel.streams for v in (s, 0)))
 

@@ -1,7 +1,10 @@
 """When a stream's tokens and events leave the core, and how a frontend that missed some gets them."""
 
+import numpy as np
+
 from core_harness import Harness
-from protocol.messages import EventKind, Finish, Outputs
+from protocol.codec import i32_bytes, i32_column
+from protocol.messages import EventKind, Finish, Outputs, Sync
 
 
 def events_of(engine: Harness, number: int) -> list[EventKind]:
@@ -43,3 +46,74 @@ def test_the_end_on_a_late_token():
     engine.answer()
     assert engine.outputs(1) == ([104], Finish.LENGTH)
     assert events_of(engine, 1) == [EventKind.ADMITTED, EventKind.FIRST_TOKEN]
+
+
+def ask_again(engine: Harness, number: int, have: int) -> list[Outputs]:
+    """What a frontend that holds ``have`` tokens is told after a gap."""
+    engine.core.take_outputs()
+    engine.tell(Sync, have=i32_bytes([number * 16, have]))
+    return [message for _, message in engine.core.take_outputs() if isinstance(message, Outputs)]
+
+
+def columns(outputs: Outputs) -> tuple[list[int], list[int], list[int]]:
+    return tuple(i32_column(column).tolist() for column in (outputs.stream, outputs.offset, outputs.token_ids))
+
+
+def test_a_running_stream_is_told_again_at_once():
+    engine = Harness()
+    engine.add(1, 4, max_tokens=9)
+    for _ in range(3):
+        engine.step()
+    again, = ask_again(engine, 1, 1)
+    assert columns(again) == ([16], [1], [105, 106])
+    assert ask_again(engine, 1, 3) == []       # it has them all
+    engine.step()
+    (_, following), = engine.core.take_outputs()
+    assert columns(following) == ([16], [3], [107])
+
+
+def test_a_waiting_and_an_ended_stream_are_told_again():
+    engine = Harness()
+    request = engine.add(1, 4, max_tokens=3)
+    engine.step()
+    engine.core.live.preempt(request)
+    again, = ask_again(engine, 1, 0)
+    assert columns(again) == ([16], [0], [104]) and again.finish == bytes([Finish.NONE])
+    engine.run()
+    again, = ask_again(engine, 1, 1)
+    assert columns(again) == ([16], [1], [105, 106]) and again.finish == bytes([Finish.LENGTH])
+
+
+def test_a_silent_stream_stays_silent_until_its_end():
+    engine = Harness()
+    request = engine.add(1, 4, max_tokens=5, final=True)
+    engine.step(), engine.step()
+    assert ask_again(engine, 1, 0) == []
+    engine.step()
+    engine.core.live.preempt(request)
+    assert ask_again(engine, 1, 0) == []
+    engine.step(), engine.step()
+    (_, end), = engine.core.take_outputs()
+    assert columns(end) == ([16], [0], [104, 105, 106, 107, 108]) and end.finish == bytes([Finish.LENGTH])
+
+
+def test_a_frontend_cannot_have_more_than_there_is():
+    engine = Harness()
+    engine.add(1, 4, max_tokens=3)
+    engine.step()
+    assert ask_again(engine, 1, 7) == []
+    assert ask_again(engine, 1, -7)[0].offset == i32_bytes([0])
+
+
+def test_prompt_logprobs_are_told_again():
+    """Of a running stream as of one that has ended, and of one that says no token before its end."""
+    engine = Harness()
+    for number in (1, 2):
+        request = engine.add(number, 4, max_tokens=3, final=number == 2, prompt_logprobs=0)
+        request.prompt_logprobs.append(np.array([[7], [8], [9]], np.int32), np.zeros((3, 1), np.float32), np.ones(3, np.int32))
+    engine.step()
+    for _ in range(2):
+        for number in (1, 2):
+            rows = ask_again(engine, number, 1)[0].prompt_logprobs
+            assert (rows.stream, rows.start, rows.ids) == (i32_bytes([number * 16]), i32_bytes([1]), i32_bytes([7, 8, 9]))
+        engine.run()
