@@ -150,8 +150,8 @@ def _prompt_rows(requests: list[Request | None], step: Step, here: np.ndarray, m
     parts, row = [], 0
     for at, start, count in zip(batch_idx.tolist(), starts, counts, strict=True):
         end = row + count
-        request = requests[step.rows[at]] if here[at] else None
-        if request is not None and request.prompt_logprobs is not None:
+        request = requests[step.rows[at]] if here[at] else step.departed.get(at)
+        if request is not None and request.status is not RequestStatus.FINISHED and request.prompt_logprobs is not None:
             store = request.prompt_logprobs
             known = 1 + len(store) - start
             if 0 <= known < count:

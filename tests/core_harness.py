@@ -13,7 +13,7 @@ from protocol.codec import i32_bytes, i32_column
 from protocol.config import SchedulerConfig
 from protocol.messages import Abort, Add, Finish, OutputKind, Outputs
 from protocol.sampling_params import TokenParams
-from protocol.steps import StepPlan, StepResult, StepStatus, WorkerReady
+from protocol.steps import PromptLogprobRows, StepPlan, StepResult, StepStatus, WorkerReady
 
 FRONTEND = b"f0.e1"
 VOCAB = 1000
@@ -87,7 +87,8 @@ class Harness:
             self.plans.append(plan)
         return plan
 
-    def answer(self, status: StepStatus = StepStatus.OK, token: int | None = None, row_errors: list[tuple[int, int]] = ()) -> None:
+    def answer(self, status: StepStatus = StepStatus.OK, token: int | None = None, row_errors: list[tuple[int, int]] = (),
+               prompt_logprobs: PromptLogprobRows | None = None) -> None:
         """The result of the oldest plan: every row that samples gets ``token``, or counts up from 100."""
         plan = self.plans.pop(0)
         result = StepResult(1, 1, plan.step_id, status)
@@ -98,7 +99,8 @@ class Harness:
             known = np.array([self._num_known(step, i) for i in range(len(out))])
             values = 100 + known % 800 if token is None else np.full(len(out), token)
             result = StepResult(1, 1, plan.step_id, status, i32_bytes(out.astype(np.int32)), i32_bytes(values[out]),
-                                row_errors=i32_bytes([v for pair in row_errors for v in pair]) if row_errors else None)
+                                row_errors=i32_bytes([v for pair in row_errors for v in pair]) if row_errors else None,
+                                prompt_logprobs=prompt_logprobs)
         self.now_ns += 1
         self.core.apply(result, self.now_ns)
 

@@ -5,6 +5,7 @@ import numpy as np
 from core_harness import Harness
 from protocol.codec import i32_bytes, i32_column
 from protocol.messages import EventKind, Finish, Outputs, Sync
+from protocol.steps import PromptLogprobRows
 
 
 def events_of(engine: Harness, number: int) -> list[EventKind]:
@@ -46,6 +47,19 @@ def test_the_end_on_a_late_token():
     engine.answer()
     assert engine.outputs(1) == ([104], Finish.LENGTH)
     assert events_of(engine, 1) == [EventKind.ADMITTED, EventKind.FIRST_TOKEN]
+
+
+def test_prompt_logprobs_of_a_preempted_request():
+    """The step that brings them may bring its end too."""
+    engine = Harness(window=2)
+    request = engine.add(1, 4, max_tokens=1, prompt_logprobs=0)
+    engine.plan()
+    engine.core.live.preempt(request)
+    rows = i32_bytes([7, 8, 9])
+    engine.answer(prompt_logprobs=PromptLogprobRows(i32_bytes([0]), i32_bytes([1]), i32_bytes([3]), 1, rows, bytes(12), rows))
+    assert engine.outputs(1) == ([104], Finish.LENGTH)
+    told = [m.prompt_logprobs for m in engine.messages if isinstance(m, Outputs) and m.prompt_logprobs is not None]
+    assert [(m.stream, m.start, m.ids) for m in told] == [(i32_bytes([16]), i32_bytes([1]), rows)]
 
 
 def ask_again(engine: Harness, number: int, have: int) -> list[Outputs]:
