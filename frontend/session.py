@@ -150,13 +150,13 @@ class Session:
             self._fail(request, (None, code, field, message))
 
     def output(self, out: StreamOutput) -> bool:
-        """Tokens and end of one stream; False if tokens before them are missing."""
+        """Tokens and end of one stream; False if something before them is missing."""
         entry = self._streams.get(out.stream)
         if entry is None:
             return True      # ended here already: its later tokens and its end concern nobody
         request, child = entry
         known = len(child.token_ids) - out.offset
-        if known < 0:
+        if known < 0 or (out.token_ids and child.index == 0 and request.lacks_prompt_rows):
             return False
         request.accepted = True
         new = out.token_ids[known:]

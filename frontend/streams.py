@@ -114,6 +114,11 @@ class OpenRequest:
         return self.output_kind is OutputKind.DELTA
 
     @property
+    def lacks_prompt_rows(self) -> bool:
+        """The core gives prompt logprobs no later than the first token."""
+        return self.prompt_logprobs is not None and self.prompt_rows < len(self.prompt_ids) // 4 - 1
+
+    @property
     def core_output(self) -> tuple[OutputKind, int]:
         """What to ask of the core: stop strings are found here, so it must show the tokens."""
         if self.output_kind is OutputKind.FINAL and self.wire.stop:

@@ -118,6 +118,7 @@ def test_n_children_have_own_seeds_and_one_terminal_event(ledger: Ledger) -> Non
     assert [child.seed for child in request.children] == [7, mix_seed(7, 1), mix_seed(7, 2)]
     assert len({child.seed for child in request.children}) == 3
     assert [child.params.prompt_logprobs for _, child in ledger.core.added] == [2, None, None]
+    ledger.session.prompt_rows(request.children[0].stream, 1, *rows([2, 3, 4, 5], 3))
     for i, child in enumerate(request.children):
         ledger.out(child.stream, 0, [i + 1] * (i + 1), Finish.LENGTH, cached=32 * i)
         deltas = ledger.flush()
@@ -253,6 +254,19 @@ def test_offsets_skip_what_is_known_and_show_what_is_missing(ledger: Ledger) -> 
     assert not ledger.out(stream, 9, [4], logprobs=rows([4], 1))        # a gap
     delta, = ledger.flush()
     assert (ids(delta.token_ids), ids(delta.logprobs.ids)) == ([1, 2, 3], [1, 2, 3])
+
+
+def test_tokens_whose_prompt_logprobs_were_lost_are_asked_for_again(ledger: Ledger) -> None:
+    """The core gives them no later than the first token."""
+    request = ledger.open(prompt_logprobs=1, n=2)
+    first, second = (child.stream for child in request.children)
+    ledger.session.prompt_rows(first, 1, *rows([2, 3], 2))
+    assert not ledger.out(first, 0, [9], Finish.LENGTH)
+    assert ledger.out(second, 0, [9], Finish.LENGTH)     # not asked for them
+    ledger.session.prompt_rows(first, 1, *rows([2, 3, 4, 5], 2))
+    assert ledger.out(first, 0, [9], Finish.LENGTH)
+    deltas = [delta for delta in ledger.flush() if delta.index == 0]
+    assert [i for d in deltas if d.prompt_logprobs for i in ids(d.prompt_logprobs.ids)] == [2, 1, 3, 1, 4, 1, 5, 1]
 
 
 def test_prompt_logprobs_arrive_once_in_order_with_their_texts(ledger: Ledger) -> None:
