@@ -232,7 +232,7 @@ class EngineCore:
             youngest = self.live.running[-1]
             if len(self.live.running) > 1:
                 self._preempted(youngest, now_ns, moved=False)
-            else:
+            elif step.serials.tolist() == [youngest.serial]:
                 self._end_and_tell(youngest, Finish.MEMORY, now_ns)
                 self.memory.reset()
 

@@ -196,6 +196,19 @@ def test_rule_7_memory_halves_the_budget_then_takes_rows_then_fails_one_alone():
     assert engine.core.kv.num_free == 64
 
 
+def test_rule_7_only_the_request_of_the_failed_step_fails_for_memory():
+    engine = Harness(max_num_batched_tokens=1, window=2)
+    engine.add(1, 3)
+    engine.plan()
+    engine.abort(1)
+    engine.add(2, 3)
+    engine.plan()
+    engine.answer(StepStatus.FAILED_MEMORY)      # of 1, which is gone; 2 runs alone now
+    engine.answer(StepStatus.SKIPPED)
+    engine.run()
+    assert engine.outputs(2)[1] is Finish.LENGTH
+
+
 def test_rule_7_after_eight_good_steps_all_is_as_before():
     engine = Harness(max_num_batched_tokens=8)
     engine.add(1, 8, max_tokens=40)
