@@ -157,7 +157,7 @@ class EngineCore:
     # --- the worker ------------------------------------------------------------------------
 
     def wants_plan(self) -> bool:
-        window = 1 if self.suspects.any else self.window
+        window = self.window if self.suspects.on_trial() is None else 1
         return len(self.steps) < window and len(self.live) > 0
 
     def schedule(self, now_ns: int) -> StepPlan | None:

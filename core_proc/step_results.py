@@ -63,6 +63,7 @@ def settle(live: LiveRequests, suspects: Suspects, step: Step, result: StepResul
             ends[request] = (Finish.ROW_ERROR, -1)
     gained, late_ends = _late_tokens(step, here, sampled, tokens, result.logprobs)
     ends |= late_ends
+    suspects.progressed(gained)
     outcome.late = [request for request in gained if request not in ends]
     outcome.first_tokens += [request for request in gained if request.num_tokens == request.prompt_len + 1]
     _publish(live, step, here, errors)

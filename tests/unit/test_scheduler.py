@@ -131,6 +131,31 @@ def test_poison_is_convicted_alone_and_innocents_are_not():
     engine.check()
 
 
+def test_the_window_closes_for_suspects_and_not_for_one_strike():
+    engine = Harness(window=2)
+    engine.add(1, 6, max_tokens=12)
+    other = engine.add(2, 6, max_tokens=12)
+    engine.plan()
+    engine.answer(StepStatus.FAILED_INTERNAL)
+    engine.core.live.preempt(other)      # it keeps its strike: it gets no further for now
+    engine.plan()
+    assert engine.core.wants_plan()
+    engine.answer(StepStatus.FAILED_INTERNAL)
+    engine.plan()                        # both are suspects
+    assert not engine.core.wants_plan()
+
+
+def test_a_late_token_clears_a_strike():
+    engine = Harness(window=2)
+    request = engine.add(1, 6, max_tokens=12)
+    engine.plan()
+    engine.answer(StepStatus.FAILED_INTERNAL)
+    engine.plan()
+    engine.core.live.preempt(request)
+    engine.answer()
+    assert not engine.core.suspects.any
+
+
 def test_outputs_at_the_end_only():
     engine = Harness()
     engine.add(1, 4, max_tokens=6, final=True)
