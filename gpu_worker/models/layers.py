@@ -19,28 +19,31 @@ _PACKED_PRODUCT = torch.ops.mkldnn._linear_pointwise.default
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether oneDNN packs weights of this type here."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether oneDNN packs the weights of a model of this type here, in whatever type it multiplies them."""
+    return onednn_multiplies(product_dtype(dtype, device), device)
 
 
 class Linear:
-    """x [rows, in] → x · weightᵀ + bias [rows, out], in the weight's dtype."""
+    """x [rows, in] → x · weightᵀ + bias [rows, out], in the weight's dtype.
 
-    __slots__ = ("out_features", "in_features", "input_dtype", "_weight", "_bias", "_packed")
+    Where bfloat16 is multiplied as float32 the weight is kept so: twice the bytes.
+    """
+
+    __slots__ = ("out_features", "in_features", "input_dtype", "_inside", "_weight", "_bias", "_packed")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.input_dtype = weight.dtype
+        self._inside = product_dtype(weight.dtype, weight.device)
         self._packed = packs(weight.dtype, weight.device)
+        weight = weight.to(self._inside)
         self._weight = _PACK(weight.contiguous()) if self._packed else weight
-        self._bias = bias
+        self._bias = None if bias is None else bias.to(self._inside)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed:
-            return _PACKED_PRODUCT(x, self._weight, self._bias, "none", [], "")
-        return F.linear(x, self._weight, self._bias)
+        if not self._packed:
+            return F.linear(x, self._weight, self._bias)
+        return _PACKED_PRODUCT(x.to(self._inside), self._weight, self._bias, "none", [], "").to(self.input_dtype)
 
 
 class LMHead:
