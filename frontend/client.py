@@ -24,7 +24,7 @@ from frontend.errors import EngineNotRunning
 from frontend.outputs import OutputDelta, RequestOutput
 from frontend.prompts import (
     Job, Messages, Prompt, chat_job, conversations, labels, make_jobs, one_job, prompt_list, raw_job,
-    turn_job, with_params,
+    stream_options, turn_job, with_params,
 )
 from protocol.run_dir import RunDir
 from protocol.sampling_params import SamplingParams
@@ -99,7 +99,7 @@ class Client(ClientConnection):
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0,
                stream_interval: int = 1, request_id: str | None = None) -> TokenStream:
         """Continue ``prompt``; deltas of at least ``stream_interval`` tokens as they come."""
-        return self._stream(one_job(raw_job, prompt, params, SamplingParams(), priority), stream_interval, request_id)
+        return self._stream(one_job(raw_job, prompt, params, SamplingParams(), priority), stream_options(stream_interval, request_id))
 
     def chat(self, messages: Messages | str, params: Params = None, *, stream: bool = True, priority: int = 0,
              stream_interval: int = 1, request_id: str | None = None,
@@ -110,7 +110,7 @@ class Client(ClientConnection):
         """
         if stream:
             job = one_job(chat_job, messages, params, WHOLE_CONTEXT, priority)
-            return self._stream(job, stream_interval, request_id)
+            return self._stream(job, stream_options(stream_interval, request_id))
         jobs = make_jobs(conversations(messages), chat_job)
         return self._run(with_params(jobs, params, WHOLE_CONTEXT, priority), None, on_finish)
 
@@ -150,9 +150,9 @@ class Client(ClientConnection):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stream(self, job: Job, stream_interval: int, request_id: str | None) -> TokenStream:
+    def _stream(self, job: Job, options: dict[str, Any]) -> TokenStream:
         self._check_usable()
-        request = self.session.submit(job, streams=True, stream_interval=stream_interval, request_id=request_id)
+        request = self.session.submit(job, streams=True, **options)
         self._push()
         return TokenStream(self, request)
 
@@ -194,9 +194,8 @@ class Client(ClientConnection):
 class AsyncTokenStream(AsyncIterator[OutputDelta]):
     """The deltas of one request as they come; leaving it (``aclose``, or dropping it) aborts it."""
 
-    def __init__(self, client: "AsyncClient", job: Job, stream_interval: int, request_id: str | None) -> None:
-        self._client, self._job = client, job
-        self._options = {"stream_interval": stream_interval, "request_id": request_id}
+    def __init__(self, client: "AsyncClient", job: Job, options: dict[str, Any]) -> None:
+        self._client, self._job, self._options = client, job, options
         self._news = asyncio.Event()
         self._request: PendingRequest | None = None      # submitted by the first step
 
@@ -272,7 +271,7 @@ class AsyncClient(ClientConnection):
                stream_interval: int = 1, request_id: str | None = None) -> AsyncTokenStream:
         """Continue ``prompt``; deltas of at least ``stream_interval`` tokens as they come."""
         job = one_job(raw_job, prompt, params, SamplingParams(), priority)
-        return AsyncTokenStream(self, job, stream_interval, request_id)
+        return AsyncTokenStream(self, job, stream_options(stream_interval, request_id))
 
     def chat(self, messages: Messages | str, params: SamplingParams | None = None, *, priority: int = 0,
              stream_interval: int = 1, request_id: str | None = None) -> AsyncTokenStream:
@@ -281,7 +280,7 @@ class AsyncClient(ClientConnection):
         Without params the answer may take all of the context.
         """
         job = one_job(chat_job, messages, params, WHOLE_CONTEXT, priority)
-        return AsyncTokenStream(self, job, stream_interval, request_id)
+        return AsyncTokenStream(self, job, stream_options(stream_interval, request_id))
 
     async def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None, *,
                        priority: int | Sequence[int] = 0,

@@ -25,7 +25,7 @@ from protocol.messages import (
     AbortStream, AcceptedStream, Connect, Delta, Error, Finish, Generate, OutputKind, Welcome, from_sdk,
     to_sdk,
 )
-from protocol.sampling_params import BadRequest
+from protocol.sampling_params import BadRequest, SamplingParams
 
 MAX_OPEN_CHILDREN = 2048     # of one batch at a time; the rest waits here, so no queue overflows
 DEAD_CODES = {finish.name.lower() for finish in (Finish.ENGINE_LOST, Finish.SHUTDOWN)}
@@ -97,7 +97,7 @@ class ClientSession:
     """All open requests of one client."""
 
     def __init__(self, seed: int | None = None) -> None:
-        self._seed = seed                    # makes the seeds of requests without one repeatable
+        self._seed = SamplingParams(seed=seed).seed      # checked; makes the seeds of requests without one repeatable
         self._open: dict[bytes, PendingRequest] = {}
         self._count = 0                      # requests so far
         self.outbox: deque[bytes] = deque([from_sdk.encode(Connect(PROTOCOL_VERSION))])
@@ -118,11 +118,11 @@ class ClientSession:
             material = f"{self._seed} {self._count}".encode()
             seed = int.from_bytes(hashlib.blake2b(material, digest_size=8).digest(), "little")
         request = PendingRequest(key, request_id or str(self._count - 1), job, streams, on_news)
-        self._open[key] = request
         self.outbox.append(from_sdk.encode(Generate(
             key=key, text=job.text, token_ids=job.token_ids, messages=job.messages, params=job.params,
             priority=job.priority, output_kind=OutputKind.DELTA if streams else OutputKind.FINAL,
             stream_interval=stream_interval, seed=seed, cache_salt=job.cache_salt)))
+        self._open[key] = request
         return request
 
     def find(self, request_id: str) -> PendingRequest | None:

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from protocol.codec import i32_bytes
-from protocol.messages import ChatMessage
-from protocol.sampling_params import BadRequest, SamplingParams, WireParams, to_wire
+from protocol.messages import MAX_STREAM_INTERVAL, ChatMessage
+from protocol.sampling_params import BadRequest, SamplingParams, WireParams, check_text, to_wire
 
 Prompt = str | list[int] | dict[str, Any]       # text, token ids, or vLLM's dict of either
 Messages = list[dict[str, str]]                 # one conversation
@@ -48,6 +48,7 @@ def raw_job(prompt: Prompt) -> Job:
     if isinstance(prompt, dict):
         return _from_dict(prompt)
     if isinstance(prompt, str):
+        check_text("prompt", prompt)
         return Job(prompt, text=prompt)
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
@@ -58,14 +59,13 @@ def raw_job(prompt: Prompt) -> Job:
 
 def turn_job(prompt: Prompt, has_chat_template: bool) -> Job:
     """A string is one user turn through the model's chat template, where it has one."""
-    if isinstance(prompt, str) and has_chat_template:
-        return Job(prompt, messages=[ChatMessage("user", prompt)])
-    return raw_job(prompt)
+    return chat_job(prompt) if isinstance(prompt, str) and has_chat_template else raw_job(prompt)
 
 
 def chat_job(messages: Messages | str) -> Job:
     """One conversation; a string is one user turn."""
     if isinstance(messages, str):
+        check_text("messages", messages)
         return Job(messages, messages=[ChatMessage("user", messages)])
     if not isinstance(messages, (list, tuple)) or not messages:
         raise BadRequest("messages", "was empty or no list; allowed: a list of {'role': …, 'content': …}")
@@ -75,6 +75,8 @@ def chat_job(messages: Messages | str) -> Job:
                 isinstance(part, str) for part in message.values()):
             raise BadRequest("messages", f"message {i} was {message!r}; allowed: a dict with the strings"
                              " 'role' and 'content'")
+        for part in message.values():
+            check_text("messages", part)
         turns.append(ChatMessage(message["role"], message["content"]))
     return Job(None, messages=turns)
 
@@ -133,12 +135,22 @@ def labels(request_ids: Sequence[str] | None, count: int) -> list[str] | None:
     """The caller's own request ids, one per prompt, each once."""
     if request_ids is None:
         return None
-    if len(request_ids) != count or not all(isinstance(label, str) and label for label in request_ids):
-        raise BadRequest("request_ids", f"{len(request_ids)} were given for {count} prompts; allowed:"
-                         " one non-empty string per prompt")
+    if len(request_ids) != count:
+        raise BadRequest("request_ids", f"{len(request_ids)} were given for {count} prompts; allowed: one per prompt")
+    for label in request_ids:
+        _check_label("request_ids", label)
     if len(set(request_ids)) != count:
         raise BadRequest("request_ids", "contains one twice; allowed: each once")
     return list(request_ids)
+
+
+def stream_options(stream_interval: int, request_id: str | None) -> dict[str, Any]:
+    """The keywords of ``ClientSession.submit`` that a user may choose."""
+    if isinstance(stream_interval, bool) or not isinstance(stream_interval, int) or not 1 <= stream_interval <= MAX_STREAM_INTERVAL:
+        raise BadRequest("stream_interval", f"was {stream_interval!r}; allowed: a number of tokens in [1, {MAX_STREAM_INTERVAL}]")
+    if request_id is not None:
+        _check_label("request_id", request_id)
+    return {"stream_interval": stream_interval, "request_id": request_id}
 
 
 def at_index(error: BadRequest, index: int, count: int) -> BadRequest:
@@ -161,6 +173,7 @@ def _from_dict(prompt: dict[str, Any]) -> Job:
     if "cache_salt" in prompt:
         if not isinstance(prompt["cache_salt"], str) or not prompt["cache_salt"]:
             raise BadRequest("cache_salt", f"was {prompt['cache_salt']!r}; allowed: a non-empty string")
+        check_text("cache_salt", prompt["cache_salt"])
         job.cache_salt = prompt["cache_salt"].encode()
     return job
 
@@ -175,6 +188,11 @@ def _ids(ids: Sequence[int]) -> bytes:
         if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**31:
             raise BadRequest("prompt", f"contains {value!r}; allowed: token ids, integers from 0")
     return i32_bytes(list(ids))
+
+
+def _check_label(field: str, label: Any) -> None:
+    if not isinstance(label, str) or not label:
+        raise BadRequest(field, f"{label!r} was given; allowed: non-empty strings")
 
 
 def _priority(value: Any) -> int:

@@ -21,7 +21,8 @@ from protocol.steps import Count, Hello, LogprobRows, Seed, Serial
 
 Key = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
-StreamInterval = Annotated[int, Meta(ge=1, le=2**20)]
+MAX_STREAM_INTERVAL = 2**20      # tokens
+StreamInterval = Annotated[int, Meta(ge=1, le=MAX_STREAM_INTERVAL)]
 
 
 class Finish(enum.IntEnum):

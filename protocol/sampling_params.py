@@ -225,6 +225,14 @@ def check_token_ids(field: str, ids: Any, vocab_size: int) -> None:
         raise BadRequest(field, f"token id {bad[0]} is not in [0, {vocab_size})")
 
 
+def check_text(field: str, text: str) -> None:
+    """BadRequest unless UTF-8 can encode ``text``: a lone surrogate crosses no wire."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequest(field, f"contains {text[error.start]!r} at character {error.start}; allowed: what UTF-8 can encode") from None
+
+
 # field → (low, high, low is allowed)
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "n": (1, MAX_N, True), "temperature": (0, 2, True), "top_k": (-1, INT32_MAX, True),
@@ -301,3 +309,5 @@ def _check_strings(field: str, strings: Any) -> None:
         raise BadRequest(field, f"was {strings!r}; allowed: strings")
     if any(not s for s in strings):
         raise BadRequest(field, "contains an empty string; allowed: non-empty strings")
+    for text in strings:
+        check_text(field, text)

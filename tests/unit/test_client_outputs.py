@@ -10,7 +10,7 @@ from frontend.client_session import MAX_OPEN_CHILDREN, Batch, ClientSession
 from frontend.errors import EngineDead, RequestFailed
 from frontend.outputs import unpack_logprobs
 from frontend.prompts import (
-    chat_job, conversations, labels, make_jobs, one_job, prompt_list, raw_job, turn_job, with_params,
+    chat_job, conversations, labels, make_jobs, one_job, prompt_list, raw_job, stream_options, turn_job, with_params,
 )
 from frontend_fakes import ids, resolved, rows, text_of
 from protocol.codec import i32_bytes
@@ -264,11 +264,28 @@ def test_one_conversation_or_several() -> None:
     (lambda: one_job(raw_job, "a", [GREEDY], GREEDY, 0), "params"),
     (lambda: labels(["x"], 2), "request_ids"),
     (lambda: labels(["x", "x"], 2), "request_ids"),
+    (lambda: labels(["x", 5], 2), "request_ids"),
+    (lambda: make_jobs(["a\ud800"], raw_job), "prompt"),
+    (lambda: make_jobs([{"prompt": "x", "cache_salt": "\udfff"}], raw_job), "cache_salt"),
+    (lambda: chat_job("\ud800"), "messages"),
+    (lambda: chat_job([{"role": "user", "content": "\ud800"}]), "messages"),
+    (lambda: turn_job("\ud800", True), "messages"),
+    *((lambda value=value: stream_options(value, None), "stream_interval") for value in (0, -1, 1.0, "5", True, None, 2**20 + 1)),
+    *((lambda value=value: stream_options(1, value), "request_id") for value in ("", 5, b"x")),
+    *((lambda value=value: ClientSession(value), "seed") for value in ("x", 1.5, True, 2**64)),
 ])
 def test_bad_input_is_refused_before_anything_is_sent(make, field: str) -> None:
     with pytest.raises(BadRequest) as caught:
         make()
     assert caught.value.field == field and "allowed" in str(caught.value)
+
+
+def test_stream_options_are_what_the_session_takes() -> None:
+    engine = Engine()
+    engine.session.submit(jobs_of("a")[0], streams=True, **stream_options(7, "mine"))
+    message, = engine.sent()
+    assert message.stream_interval == 7 and engine.session.find("mine") is not None
+    assert stream_options(2**20, None) == {"stream_interval": 2**20, "request_id": None}
 
 
 def test_changed_params_are_checked_again_and_named_by_place() -> None:
