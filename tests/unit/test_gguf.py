@@ -53,14 +53,27 @@ def test_converted_checkpoint_agrees(tmp_path, kind, changes, extra):
     assert (config["bos_token_id"], config["eos_token_id"], config["dtype"]) == (0, 1, "float32")
 
 
-def test_our_decoder_loads_it(tmp_path):
+@pytest.mark.parametrize(("kind", "changes", "extra"), [
+    ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}, (llama3_factors,)),
+    ("qwen2", {"tie_word_embeddings": True}, ()),
+])
+def test_our_decoder_gives_the_bits_of_the_same_weights_as_safetensors(tmp_path, kind, changes, extra):
     from gpu_worker.models.registry import load_model
+    from in_process_engine import InProcessEngine
 
-    target = tmp_path / "checkpoint"
+    model, target = small_model(kind, **changes), tmp_path / "converted"
     target.mkdir()
-    convert(write_gguf(tmp_path / "m.gguf", small_model("qwen2"), "qwen2"), target)
-    spec = load_model(target, dtype="float32", device=torch.device("cpu")).spec
-    assert (spec.backend, spec.vocab_size, spec.eos_token_ids) == ("decoder", 300, (1,))
+    convert(write_gguf(tmp_path / "m.gguf", model, kind, extra=extra), target)
+    model.save_pretrained(tmp_path / "safetensors")
+    found = []
+    for path in (target, tmp_path / "safetensors"):
+        loaded = load_model(path, dtype="float32", device=torch.device("cpu"), num_threads=1)
+        assert (loaded.spec.backend, loaded.spec.vocab_size) == ("decoder", 300)
+        engine = InProcessEngine(loaded, max_model_len=256, num_blocks=32, max_num_seqs=4, max_num_batched_tokens=48)
+        found.append(engine.generate([list(range(3, 3 + length)) for length in (1, 40, 150)], 12))
+    for ours, expected in zip(*found, strict=True):
+        assert ours.token_ids == expected.token_ids
+        assert torch.equal(torch.stack(ours.logits), torch.stack(expected.logits))
 
 
 @pytest.mark.parametrize(("options", "message"), [
