@@ -86,9 +86,6 @@ def test_tokens_and_logits_are_those_of_transformers(tmp_path: Path, name: str) 
     assert found.largest_in_std <= ALLOWED
 
 
-# --- what the comparison would find -------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Reference]]:
     """The checkpoint of a family, and the same in transformers."""
@@ -109,6 +106,26 @@ def changed_config(source: Path, target: Path, change: Callable[[dict[str, Any]]
     change(config)
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+def as_before_transformers_5(config: dict[str, Any]) -> None:
+    """The same settings, as older checkpoints spell them."""
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+    config["torch_dtype"] = config.pop("dtype")
+    config.pop("layer_types", None)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3 scaling", "linear scaling", "mistral", "qwen2 windows", "qwen3"])
+def test_older_spellings_of_the_config(originals: Callable[[str], tuple[Path, Reference]], tmp_path: Path, name: str) -> None:
+    path, reference = originals(name)
+    found = compare(continued(changed_config(path, tmp_path / "older", as_before_transformers_5), "decoder", (3, 75), 16), reference)
+    assert found.largest_in_std <= ALLOWED
+
+
+# --- what the comparison would find -------------------------------------------------------
 
 
 def put(key: str, value: Any, *path: str) -> Callable[[dict[str, Any]], None]:
