@@ -4,8 +4,12 @@ The packages beside this file have general names (``frontend``, ``protocol``), s
 directory goes first on the path while they are imported, and away again after.
 """
 
+import platform
 import sys
 from pathlib import Path
+
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+    raise ImportError(f"FoloVLLM runs on Linux x86-64; this is {sys.platform} {platform.machine()}")
 
 _root = str(Path(__file__).resolve().parent)
 sys.path.insert(0, _root)

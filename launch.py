@@ -21,13 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):     # before imports that other platforms lack
+    sys.exit(f"folovllm: error: FoloVLLM runs on Linux x86-64; this is {sys.platform} {platform.machine()}")
+
 import msgspec
 
 from protocol import config as settings
-from protocol.child import EXIT_PEER_LOST, routing_id, set_process_name
+from protocol.child import routing_id, set_process_name
 from protocol.config import ConfigError, EngineConfig
 from protocol.lifeline import send_control
 from protocol.messages import Drain, PeerDied
+from protocol.parent_death import EXIT_PEER_LOST
 from protocol.progress import ProgressPage, State
 from protocol.run_dir import RunDir, RunDirError, locate
 from protocol.transport import ipc
@@ -38,6 +42,7 @@ TORCH_RANGE = ((2, 11), (3, 0))
 PAGE_POLL_S = 0.01          # while starting
 FRONTEND_LEAVES_S = 0.8     # beyond its grace: to tell its clients
 OTHERS_LEAVE_S = 0.5
+SHOW_CURSOR = "\x1b[?25h"
 EPOCH = GEN = 1             # incarnations; they rise when a child is replaced
 
 
@@ -225,8 +230,8 @@ def environment(role: str) -> dict[str, str]:
 def resolve_model(config: EngineConfig, wakeups: Wakeups) -> EngineConfig:
     """``config`` with a checkpoint directory on this machine.
 
-    Fetching and converting happens in a short-lived child, which prints the directory as
-    its last line; what it says on stderr the user sees.
+    Fetching and converting happens in a short-lived child, whose last line is the directory,
+    or the reason why there is none; what it says on stderr the user sees.
     """
     model = config.model.model
     path = Path(model).expanduser()
@@ -256,9 +261,11 @@ def run_resolver(module: str, arguments: list[str], wakeups: Wakeups) -> str:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if sys.stderr.isatty():
+                print(SHOW_CURSOR, end="", file=sys.stderr, flush=True)     # its progress bar had hidden it
     lines = process.stdout.read().decode().splitlines()
     if process.returncode or not lines:
-        raise StartError("model: could not be fetched or converted; the reason is above")
+        raise StartError(f"model: {lines[-1] if lines else 'could not be fetched or converted; the reason is above'}")
     return lines[-1]
 
 
@@ -268,14 +275,16 @@ def how_it_ended(returncode: int) -> str:
     return f"exited with code {returncode}"
 
 
-def check_platform() -> None:
-    """One clear sentence on a machine that we do not serve."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise StartError(f"FoloVLLM runs on Linux x86-64; this is {sys.platform} {platform.machine()}")
-    found = importlib.metadata.version("torch")
+def check_torch() -> None:
+    """A version that we know, before anything is started."""
+    needed = "FoloVLLM needs at least 2.11 and less than 3"
+    try:
+        found = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        raise StartError(f"torch is not installed; {needed}") from None
     version = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
     if not TORCH_RANGE[0] <= version < TORCH_RANGE[1]:
-        raise StartError(f"torch {found} is installed; FoloVLLM needs at least 2.11 and less than 3")
+        raise StartError(f"torch {found} is installed; {needed}")
 
 
 def say(text: str) -> None:
@@ -295,7 +304,7 @@ def report(fd: int | None, facts: dict) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch.py", description="Start a FoloVLLM engine and keep it until Ctrl-C.",
+        prog="launch.py", description="Start a FoloVLLM engine and keep it until Ctrl-C.", allow_abbrev=False,
         epilog="Talk to it with 'folovllm chat', the SDK (folovllm.Client), 'folovllm status'.")
     settings.add_arguments(parser)
     for name in ("--death-pipe-fd", "--parent-report-fd"):  # LLMEngine's
@@ -308,34 +317,48 @@ def serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
     wakeups = Wakeups(arguments.death_pipe_fd)
     run_dir = locate(config.run.run_dir)
     lock = run_dir.create_and_lock()
-    engine = Engine(config, run_dir, wakeups)
+    try:
+        return run(Engine(config, run_dir, wakeups), arguments.parent_report_fd)
+    finally:
+        lock.release()
+
+
+def run(engine: Engine, report_fd: int | None) -> int:
+    """From the start of the children to their end; the exit code."""
     grace_s = 0.0
     try:
         facts = engine.start()
-        report(arguments.parent_report_fd, facts)
-        if arguments.parent_report_fd is None:
+        report(report_fd, facts)
+        if report_fd is None:
             print(f"ready in {facts['seconds']:.1f} s  " + " ".join(
                 f"{name}={facts[name]}" for name in
                 ("model", "device", "dtype", "kv_tokens", "threads", "zmq")), flush=True)
         return engine.watch()
     except Stop as stop:
-        grace_s = config.run.shutdown_timeout if str(stop) == "signal" else 0.0
+        grace_s = engine.config.run.shutdown_timeout if str(stop) == "signal" else 0.0
         return 0
     finally:
         engine.stop(grace_s)
-        lock.release()
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     set_process_name("folovllm: launch")
     try:
-        check_platform()
+        check_torch()
         return serve(settings.from_arguments(arguments), arguments)
     except (StartError, ConfigError, RunDirError) as error:
-        report(arguments.parent_report_fd, {"error": str(error)})
-        say(f"error: {error}")
-        return 1
+        return refuse(str(error), arguments.parent_report_fd)
+    except OSError as error:      # a full disk, mostly
+        return refuse(f"{error.filename or 'cannot go on'}: {error.strerror}", arguments.parent_report_fd)
+
+
+def refuse(reason: str, report_fd: int | None) -> int:
+    """Say it once: to the program that started us, which raises it, else on the terminal."""
+    if report_fd is None:
+        say(f"error: {reason}")
+    report(report_fd, {"error": reason})
+    return 1
 
 
 if __name__ == "__main__":

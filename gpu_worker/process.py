@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from protocol.child import ChildContext, die_with_parent, start_child
+from protocol.child import ChildContext, start_child
 from protocol.codec import PROTOCOL_VERSION, Reject, Unsupported, i32_bytes, i32_column
 from protocol.messages import Drain
+from protocol.parent_death import die_with_parent
 from protocol.progress import State
 from protocol.steps import Hello, StepPlan, StepResult, WorkerReady, to_core, to_worker
 from protocol.transport import Link, Sent, new_context

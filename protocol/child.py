@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import logging
-import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from protocol.config import EngineConfig
 from protocol.lifeline import Lifeline
 from protocol.progress import ProgressPage
 from protocol.run_dir import RunDir
-
-EXIT_PEER_LOST = 70
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +55,11 @@ def start_child(role: str) -> ChildContext:
     config = run_dir.read_config()
     set_up_log(role, config.run.log_level)
     set_process_name(f"folovllm: {role} {arguments.rank}")
-    page = ProgressPage.create(run_dir.page(role, arguments.rank), role, arguments.rank,
-                               arguments.epoch, arguments.gen)
+    try:
+        page = ProgressPage.create(run_dir.page(role, arguments.rank), role, arguments.rank,
+                                   arguments.epoch, arguments.gen)
+    except OSError as error:      # a full disk; there is no page to say it on
+        sys.exit(f"folovllm: {role}: {error.filename}: {error.strerror}")
     return ChildContext(role, arguments.rank, arguments.epoch, arguments.gen, run_dir, config,
                         Lifeline(arguments.lifeline_fd), page)
 
@@ -83,11 +83,3 @@ def set_process_name(name: str) -> None:
     if arg_start and room > 1:
         text = name.encode()[:room - 1]
         ctypes.memmove(arg_start, text.ljust(room, b"\0"), room)
-
-
-def die_with_parent() -> None:
-    """SIGKILL when the parent's main thread ends: for a worker, whose step may be long."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(EXIT_PEER_LOST)

@@ -45,7 +45,7 @@ class ProgressPage:
         fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
             if writable:
-                os.ftruncate(fd, PAGE_BYTES)
+                _reserve(fd, path)
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self._map = mmap.mmap(fd, PAGE_BYTES, access=access)
         finally:
@@ -91,3 +91,11 @@ class ProgressPage:
     @staticmethod
     def _text_start(name: str) -> int:
         return 1024 + TEXTS.index(name) * _TEXT_BYTES
+
+
+def _reserve(fd: int, path: Path) -> None:
+    """Room on the disk for the whole page: a write to a mapping without would be SIGBUS."""
+    try:
+        os.posix_fallocate(fd, 0, PAGE_BYTES)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -78,7 +78,10 @@ class RunDirLock:
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
-        self._fd = os.open(run_dir.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._fd = os.open(run_dir.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise RunDirError(f"run_dir: cannot write {run_dir.lock_file}: {error.strerror}") from None
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -86,8 +89,12 @@ class RunDirLock:
             os.close(self._fd)
             raise RunDirError(f"run_dir: {run_dir.path} is in use by the engine with pid {owner};"
                               " choose another with --run-dir") from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            self.release()
+            raise RunDirError(f"run_dir: cannot write {run_dir.lock_file}: {error.strerror}") from None
 
     def release(self) -> None:
         """Leave no file behind: sockets, pages, settings, lock; the directory too if it is empty."""

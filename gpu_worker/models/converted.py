@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Callable, TextIO
 
 from protocol.cache_dir import cache_dir
+from protocol.parent_death import die_with_parent
 
 
 class ConversionError(RuntimeError):
@@ -96,13 +97,14 @@ def sha256(path: Path) -> str:
 
 
 def report(what: str, resolve: Callable[[], Path]) -> int:
-    """Print the directory, or one line that says why there is none; the exit code."""
+    """The main program of such a child.  Prints the directory, or the reason why there is none; the exit code tells which."""
+    die_with_parent()
     try:
         print(resolve())
     except (ConversionError, OSError) as error:
         reason = str(error)
         if isinstance(error, OSError):
             reason = f"{error.strerror or error}: {error.filename or cache_dir()}"
-        print(f"folovllm: {what}: {reason}", file=sys.stderr)
+        print(f"{what}: {reason}")
         return 1
     return 0

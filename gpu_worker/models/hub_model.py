@@ -1,12 +1,14 @@
 """Fetch a checkpoint from the Hugging Face hub: ``python -m gpu_worker.models.hub_model owner/name``.
 
-Started by launch.py; prints the local directory as its last line on stdout.  Honours
-HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+Started by launch.py; its last line on stdout is the local directory, or with exit code 1 the
+reason why there is none.  Honours HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
 
 import sys
+
+from protocol.parent_death import die_with_parent
 
 # What an engine reads; not the copies in other formats that many repositories hold.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -20,13 +22,13 @@ def fetch(repository: str) -> str:
 
 
 def main() -> int:
+    die_with_parent()
     repository = sys.argv[1]
     try:
         print(fetch(repository))
     except Exception as error:  # the library raises many kinds: offline, unknown, gated, disk
         reason = str(error).strip().splitlines()
-        print(f"folovllm: model {repository!r} could not be fetched from the hub:"
-              f" {reason[0] if reason else type(error).__name__}", file=sys.stderr)
+        print(f"{repository!r} could not be fetched from the hub: {reason[0] if reason else type(error).__name__}")
         return 1
     return 0
 

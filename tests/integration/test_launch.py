@@ -15,7 +15,7 @@ import pytest
 
 from folovllm import Client, SamplingParams
 from frontend.errors import EngineError
-from protocol.child import EXIT_PEER_LOST
+from protocol.parent_death import EXIT_PEER_LOST
 from protocol.progress import ProgressPage
 
 ROOT = Path(__file__).resolve().parents[2]

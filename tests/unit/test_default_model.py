@@ -68,11 +68,11 @@ def sha(path):
 def check_failed(process, cache, *messages):
     """One line says why, and nothing of it is left."""
     out, err = process.communicate(timeout=60)
-    lines = [line for line in err.splitlines() if "fetching the default model" not in line]
-    assert (process.returncode, out, len(lines)) == (1, "", 1), err
-    assert lines[0].startswith("folovllm: default model: ")
+    unexpected = [line for line in err.splitlines() if "fetching the default model" not in line]
+    assert (process.returncode, out.count("\n"), unexpected) == (1, 1, []), err
+    assert out.startswith("default model: ")
     for message in messages:
-        assert message in lines[0]
+        assert message in out
     assert [path.name for path in (cache / "models").iterdir()] == [".lock"]
 
 
@@ -181,8 +181,8 @@ def test_a_cache_that_cannot_be_written(index, tmp_path):
     (tmp_path / "file").touch()
     process = start(tmp_path / "file", index)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, "")
-    assert err == f"folovllm: default model: Not a directory: {tmp_path / 'file' / 'models'}\n"
+    assert (process.returncode, err) == (1, "")
+    assert out == f"default model: Not a directory: {tmp_path / 'file' / 'models'}\n"
 
 
 def test_the_real_one(default_model_dir):
@@ -217,7 +217,7 @@ def test_any_gguf_file_by_its_content(index, tmp_path):
     assert (directory / "model.safetensors").stat().st_mtime_ns == written
     path.write_bytes(b"GGUF, but damaged")
     damaged = run(path)
-    assert (damaged.returncode, damaged.stdout) == (1, "")
-    assert damaged.stderr.startswith(f"folovllm: model {path}: not a readable GGUF file: ") and damaged.stderr.count("\n") == 1
+    assert (damaged.returncode, damaged.stderr) == (1, "")
+    assert damaged.stdout.startswith(f"{path}: not a readable GGUF file: ") and damaged.stdout.count("\n") == 1
     missing = run(tmp_path / "missing.gguf")
-    assert missing.stderr == f"folovllm: model {tmp_path / 'missing.gguf'}: No such file or directory: {tmp_path / 'missing.gguf'}\n"
+    assert missing.stdout == f"{tmp_path / 'missing.gguf'}: No such file or directory: {tmp_path / 'missing.gguf'}\n"
