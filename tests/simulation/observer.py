@@ -1,4 +1,4 @@
-"""How often the rare states were reached, seen from outside."""
+"""Looks over the core's shoulder: how often the rare states were reached, and rules that show only from inside."""
 
 from __future__ import annotations
 
@@ -9,78 +9,117 @@ from core_proc.engine_core import EngineCore
 from core_proc.request import Request, RequestStatus
 from protocol.codec import i32_column
 from protocol.messages import Finish
-from protocol.steps import StepPlan
-from simulation.reference import Wish
+from protocol.steps import StepPlan, StepResult, StepStatus
+from simulation.fake_worker import FakeWorker
+from simulation.reference import Wish, prefixes
 
 RARE_STATES = (
     "preemption", "prefix hit on a block just published", "abort in flight", "finish on a late token",
     "continuation of a finish on a block boundary", "eviction of a published block",
-    "failed step with another in flight", "preempted with a chunk in flight")
+    "failed step with another in flight", "chunk in flight of a preempted request")
 
 
 class Observer:
-    """Looks over the shoulders of pool and live requests; counts each state once a seed."""
+    """Watches pool, cache and live requests; counts each state once a seed."""
 
-    def __init__(self, core: EngineCore, reached: Counter[str]) -> None:
-        self.core, self.reached = core, reached
+    def __init__(self, core: EngineCore, worker: FakeWorker, reached: Counter[str]) -> None:
+        self.core, self.worker, self.reached = core, worker, reached
         self.seen: set[str] = set()
+        self.num_requests = self.num_cached_tokens = 0
         self._just_published: set[int] = set()
         self._published_now: set[int] = set()
         self._boundary: set[bytes] = set()       # keys of continuations
-        for target, name, watch in ((core.kv.pool, "publish", self._on_publish), (core.live, "admit", self._on_admit),
+        self._root_of: dict[int, bytes] = {}     # block → root hash of whoever published it
+        self._failing = False                    # a failed step is being applied
+        for target, name, watch in ((core.kv, "publish", self._on_publish), (core.live, "admit", self._on_admit),
                                     (core.live, "preempt", self._on_preempt), (core.live, "finish", self._on_finish)):
             setattr(target, name, _watched(getattr(target, name), watch))
 
-    def continues(self, wish: Wish) -> None:
+    # --- as the driver tells ---
+
+    def wished(self, wish: Wish) -> None:
+        self.num_requests += 1
         if wish.continues:
             self._boundary.add(wish.key)
 
-    def aborting(self, wish: Wish) -> None:
-        request = self.core.live.get(wish.key, wish.child)
-        if request is not None and self._steps_of(request):
-            self.seen.add("abort in flight")
+    def planned(self, plan: StepPlan) -> None:
+        core = self.core
+        num_tokens = int(i32_column(plan.num_tokens).sum())
+        assert num_tokens <= core.memory.budget <= core.config.max_num_batched_tokens, "budget"
+        assert len(core.live.running) <= core.config.max_num_seqs, "rows"
+        assert len(core.steps) <= core.window, "window"
+        self._just_published = set()
 
-    def planned(self, plan: StepPlan, world: Any) -> None:
-        assert i32_column(plan.num_tokens).sum() <= self.core.memory.budget <= world.config.max_num_batched_tokens, "budget"
-        assert len(i32_column(plan.rows)) <= world.config.max_num_seqs, "rows"
-        assert len(self.core.steps) <= self.core.window, "window"
-
-    def failed(self) -> None:
-        if len(self.core.steps) > 1 and not self.core.steps[0].dead:
+    def applying(self, result: StepResult) -> None:
+        self._failing = result.status not in (StepStatus.OK, StepStatus.SKIPPED)
+        if self._failing and len(self.core.steps) > 1:
             self.seen.add("failed step with another in flight")
+        if result.status is StepStatus.SKIPPED:
+            self.seen.add("skipped step")
 
     def applied(self) -> None:
+        self._failing = False
         self._just_published, self._published_now = self._published_now, set()
         if self.core.kv.pool.num_evicted:
             self.seen.add("eviction of a published block")
+        if self.core.suspects.on_trial() is not None:
+            self.seen.add("trial of suspects")
+        if self.core.memory.row_cap is not None:
+            self.seen.add("row bound for want of memory")
 
-    def done(self, steps: int) -> None:
-        self.reached["steps"] += steps
+    def done(self) -> None:
+        assert self.core.live.num_cached_tokens == self.num_cached_tokens, "cached tokens, counted"
+        self.reached["steps"] += self.worker.num_run
         self.reached["seeds"] += 1
-        self.reached["requests"] += len({stream for channel in self.core.channels.values() for stream in channel.streams})
+        self.reached["requests"] += self.num_requests
         self.reached.update(self.seen)
 
-    def _on_publish(self, block_id: int, _block_hash: bytes) -> None:
-        self._published_now.add(block_id)
+    # --- before pool, cache and live requests act ---
+
+    def _on_publish(self, request: Request) -> None:
+        rows, row, size = self.core.rows, request.req_idx, self.core.kv.block_size
+        ready = min(int(rows.num_applied[row]), int(rows.num_tokens[row])) // size
+        content = prefixes(rows.tokens[row, :ready * size].tolist())
+        for index in range(int(rows.published[row]), ready):
+            block_id = int(rows.block_table[row, index])
+            assert self.worker.memory[block_id] == content[index * size:(index + 1) * size], "published without its content"
+            self._published_now.add(block_id)
+            self._root_of[block_id] = request.root_hash
 
     def _on_admit(self, request: Request, hits: list[int], _num_blocks: int) -> None:
+        core = self.core
+        assert not request.steps_in_flight, "admitted while a step holds it"
+        assert len(hits) * core.kv.block_size < request.num_tokens, "a hit on its last token"
+        assert not hits or request.params.prompt_logprobs is None, "a hit where prompt logprobs are asked for"
+        assert all(self._root_of[block_id] == request.root_hash for block_id in hits), "a hit on blocks that are not shared"
+        needed = core.kv.blocks_for(request.num_tokens) - len(hits) + core.kv.pool.count_free(hits)
+        mark = int(core.config.watermark * core.kv.pool.num_blocks) if core.live.running else 0
+        assert core.kv.num_free >= needed + mark, "admitted without room for all its tokens beside the watermark"
+        if request.num_cached_tokens < 0:
+            self.num_cached_tokens += len(hits) * core.kv.block_size
         if self._just_published & set(hits):
             self.seen.add("prefix hit on a block just published")
         if request.key in self._boundary:
             self.seen.add("continuation of a finish on a block boundary")
 
     def _on_preempt(self, request: Request) -> None:
+        core, row = self.core, request.req_idx
+        held_back = self._failing or core.suspects.on_trial() is not None
+        assert held_back or request is not core.live.first(), "the first is never preempted"
+        assert held_back or request is core.live.running[-1], "victims come from the end"
         self.seen.add("preemption")
-        rows, row = self.core.rows, request.req_idx
-        if rows.steps[row] and not rows.in_flight[row]:
-            self.seen.add("preempted with a chunk in flight")
+        if core.rows.steps[row] and not core.rows.in_flight[row]:
+            self.seen.add("chunk in flight of a preempted request")
 
     def _on_finish(self, request: Request, reason: Finish, _stop_token: int = -1) -> None:
-        if request.status is RequestStatus.WAITING and reason in (Finish.STOP, Finish.LENGTH):
+        running = request.status is RequestStatus.RUNNING
+        steps = int(self.core.rows.steps[request.req_idx]) if running else request.steps_in_flight
+        if reason is Finish.ABORT and steps:
+            self.seen.add("abort in flight")
+        if not running and reason in (Finish.STOP, Finish.LENGTH):
             self.seen.add("finish on a late token")
-
-    def _steps_of(self, request: Request) -> int:
-        return int(self.core.rows.steps[request.req_idx]) if request.req_idx >= 0 else request.steps_in_flight
+        if reason not in (Finish.STOP, Finish.LENGTH, Finish.ABORT):
+            self.seen.add(f"end by {reason.name}")
 
 
 def _watched(method: Any, watch: Any) -> Any:

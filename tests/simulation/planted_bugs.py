@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ from core_proc import engine_core
 from core_proc.kv_cache_manager import KVCacheManager
 from core_proc.live_requests import LiveRequests
 from core_proc.plan_builder import build_plan
-from core_proc.request import Request, RequestStatus
+from core_proc.request import Request
 from core_proc.request_rows import RequestRows
 from core_proc.scheduler import Scheduler
 from protocol.messages import Finish
@@ -57,10 +58,25 @@ def _readmit_with_a_chunk_in_flight() -> Any:
 
 
 def _wait_for_a_hash() -> Any:
-    def wrong(self: KVCacheManager, request: Request, serial: int, end: int) -> bool:
-        return request.status is not RequestStatus.FINISHED
+    """Nobody takes back what a writer that is gone has announced."""
+    note_writer, publish = KVCacheManager.note_writer, KVCacheManager.publish
+    announced: WeakKeyDictionary[KVCacheManager, set[bytes]] = WeakKeyDictionary()
 
-    return patch.object(KVCacheManager, "_is_alive", wrong)
+    def note(self: KVCacheManager, request: Request, start: int, end: int) -> None:
+        note_writer(self, request, start, end)
+        tokens = self.rows.tokens[request.req_idx]
+        announced.setdefault(self, set()).update(
+            request.block_hash(index, tokens, self.block_size) for index in range(start // self.block_size, end // self.block_size))
+
+    def published(self: KVCacheManager, request: Request) -> None:
+        publish(self, request)
+        announced.setdefault(self, set()).difference_update(request.hashes_from(0)[:int(self.rows.published[request.req_idx])])
+
+    def wrong(self: KVCacheManager, request: Request, index: int) -> bool:
+        matchable = index < self._num_matchable(request)
+        return matchable and request.block_hash(index, request.token_ids, self.block_size) in announced.get(self, ())
+
+    return patch.multiple(KVCacheManager, note_writer=note, publish=published, is_being_written=wrong)
 
 
 def _keep_a_block_of_an_abort_in_flight() -> Any:
@@ -85,10 +101,7 @@ BUGS = {
 
 
 @contextmanager
-def plant(bug: str | None) -> Iterator[None]:
-    """Within it the core has ``bug``; None: as it is."""
-    if bug is None:
-        yield
-        return
+def plant(bug: str) -> Iterator[None]:
+    """Within it the core has ``bug``."""
     with BUGS[bug]():
         yield

@@ -11,32 +11,49 @@ from simulation.driver import Simulation
 from simulation.planted_bugs import plant
 
 Report = tuple[Counter[str], list[tuple[int, str]]]
+SHARE = 25                   # seeds that a process takes at a time
 
 
-def run_range(first: int, count: int, bug: str | None = None, stop_at_failure: bool = False) -> Report:
-    """(how often each state was reached, the seeds that failed and why)."""
-    logging.disable(logging.WARNING)     # simulated failures are no news
+def run_range(first: int, count: int) -> Report:
+    """(in how many seeds each state was reached, the seeds that failed and why)."""
     reached: Counter[str] = Counter()
-    failures: list[tuple[int, str]] = []
-    with plant(bug):
-        for seed in range(first, first + count):
-            try:
-                Simulation(seed, reached).run()
-            except Exception as error:    # whatever a core can raise is a finding
-                failures.append((seed, f"{type(error).__name__}: {error}"))
-                if stop_at_failure:
-                    break
+    failures = [(seed, reason) for seed in range(first, first + count) if (reason := run_seed(seed, reached)) is not None]
     return reached, failures
+
+
+def run_seed(seed: int, reached: Counter[str]) -> str | None:
+    """Why it failed, if it did."""
+    try:
+        Simulation(seed, reached).run()
+    except Exception as error:    # whatever a core can raise is a finding
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def first_failure(bug: str, count: int) -> int | None:
+    """The first of ``count`` seeds that fails with ``bug`` planted."""
+    with plant(bug):
+        return next((seed for seed in range(count) if run_seed(seed, Counter()) is not None), None)
 
 
 def run_seeds(first: int, count: int, processes: int) -> Report:
-    """The same over ``processes`` of them."""
-    share = 50
-    starts = range(first, first + count, share)
+    """``run_range`` over ``processes`` of them."""
+    starts = range(first, first + count, SHARE)
     reached: Counter[str] = Counter()
     failures: list[tuple[int, str]] = []
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for part, failed in pool.map(run_range, starts, [min(share, first + count - s) for s in starts]):
+    with _pool(processes) as pool:
+        for part, failed in pool.map(run_range, starts, [min(SHARE, first + count - s) for s in starts]):
             reached += part
             failures += failed
     return reached, failures
+
+
+def find_bugs(bugs: list[str], count: int, processes: int) -> dict[str, int | None]:
+    """``first_failure`` of each, planted one at a time."""
+    with _pool(processes) as pool:
+        return dict(zip(bugs, pool.map(first_failure, bugs, [count] * len(bugs)), strict=True))
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """Processes of their own: what is planted or silenced there stays there."""
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=logging.disable, initargs=(logging.WARNING,))
