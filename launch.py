@@ -136,10 +136,11 @@ class Engine:
 
     def stop(self, grace_s: float) -> None:
         """Frontend first, so that every client is told; then the others."""
+        serving = self.page.get("state") == State.READY
         self.page.set("state", State.DRAINING)
         frontend = self.children.get("frontend")
         for role, child in self.children.items():
-            if not child.alive:
+            if serving and not child.alive:
                 say(f"{role} (pid {child.process.pid}) {how_it_ended(child.process.returncode)};"
                     " every open stream ends with engine_lost")
                 if frontend:

@@ -282,10 +282,8 @@ def main() -> int:
     context = start_child("frontend")
     try:
         frontend = load(context)
-    except Exception as error:
-        context.page.set_text("error", f"{type(error).__name__}: {error}")
-        context.page.set("state", State.FAILED)
-        raise
+    except Exception as error:  # whatever it is, launch.py and the user must hear of it
+        return context.failed(error)
     try:
         return frontend.run()
     finally:

@@ -42,7 +42,7 @@ def main() -> int:
     try:
         return _serve(context, _load(context))
     except Exception as error:  # whatever it is, launch.py and the user must hear of it
-        return _failed(context, error)
+        return context.failed(error)
 
 
 def _serve(context: ChildContext, worker: LoadedWorker) -> int:
@@ -69,16 +69,6 @@ def _load(context: ChildContext) -> LoadedWorker:
     gc.collect()
     gc.freeze()
     return worker
-
-
-def _failed(context: ChildContext, error: Exception) -> int:
-    loading = context.page.get("state") == State.LOADING
-    expected = loading and isinstance(error, (ValueError, OSError, MemoryError))    # settings, files, memory: not our own bug
-    text = str(error) or type(error).__name__
-    logger.error("%s", text, exc_info=None if expected else error)
-    context.page.set_text("error", text)
-    context.page.set("state", State.FAILED)
-    return 1
 
 
 class Service:

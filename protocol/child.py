@@ -16,8 +16,10 @@ from pathlib import Path
 
 from protocol.config import EngineConfig
 from protocol.lifeline import Lifeline
-from protocol.progress import ProgressPage
+from protocol.progress import ProgressPage, State
 from protocol.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,17 @@ class ChildContext:
     @property
     def routing_id(self) -> bytes:
         return routing_id(self.role, self.rank, self.epoch, self.gen)
+
+    def failed(self, error: Exception) -> int:
+        """The exit code.  What is wrong with settings, files or memory launch.py says to the user;
+        only a bug of ours gets a traceback too."""
+        loading = self.page.get("state") == State.LOADING
+        expected = loading and isinstance(error, (ValueError, OSError, MemoryError))
+        text = str(error) or type(error).__name__
+        logger.log(logging.INFO if expected else logging.ERROR, "%s", text, exc_info=None if expected else error)
+        self.page.set_text("error", text)
+        self.page.set("state", State.FAILED)
+        return 1
 
 
 def routing_id(role: str, rank: int, epoch: int, gen: int) -> bytes:

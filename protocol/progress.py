@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 PAGE_BYTES = 8192
-_TEXT_BYTES = 256
+_TEXTS_START = 1024
+_TEXT_BYTES = 1024
 
 
 class State(enum.IntEnum):
@@ -73,7 +74,7 @@ class ProgressPage:
         return int(self._words[self._index[name]])
 
     def set_text(self, name: str, text: str) -> None:
-        """At most 255 bytes; a longer text is cut at the end with an ellipsis."""
+        """At most 1,023 bytes; a longer text is cut at the end with an ellipsis."""
         data = text.encode()
         if len(data) >= _TEXT_BYTES:
             data = data[:_TEXT_BYTES - 4].decode(errors="ignore").encode() + "…".encode()
@@ -90,7 +91,7 @@ class ProgressPage:
 
     @staticmethod
     def _text_start(name: str) -> int:
-        return 1024 + TEXTS.index(name) * _TEXT_BYTES
+        return _TEXTS_START + TEXTS.index(name) * _TEXT_BYTES
 
 
 def _reserve(fd: int, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from frontend.status import process_state
+from tiny_models import write_byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 # A package index that never answers: a first start waits for it.
@@ -71,6 +73,22 @@ sys.argv = ['launch.py', '--run-dir', {str(tmp_path / 'run')!r}]
 runpy.run_path('launch.py', run_name='__main__')
 """
     assert refusal(start("-c", program)) == f"folovllm: error: {said}\n"
+
+
+@pytest.mark.parametrize(("missing", "flags", "says"), [
+    ("tokenizer.json", (), "tokenizer.json: no such file; a model directory needs it"),
+    ("model.safetensors", (), "model.safetensors: no such file"),
+    ("", ("--num-kv-blocks", "4", "--kv-cache-memory-bytes", "9999999"), "allowed: one of the two"),
+    ("", ("--max-model-len", "129"), "max_model_len: was 129; allowed: up to the model's own 128")])
+def test_what_a_child_refuses_is_said_once(tmp_path: Path, tiny_llama_dir: Path, missing: str, flags: tuple[str, ...], says: str) -> None:
+    model_dir = tmp_path / ("a name that makes the message longer than a short text, " * 3)
+    shutil.copytree(tiny_llama_dir, model_dir)
+    write_byte_tokenizer(model_dir)
+    if missing:
+        (model_dir / missing).unlink()
+    said = refusal(start("launch.py", "--run-dir", str(tmp_path / "run"), "--model", str(model_dir), *flags))
+    assert said.startswith("folovllm: error: ") and says in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_flag_is_not_guessed(tmp_path: Path) -> None:

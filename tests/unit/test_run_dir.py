@@ -70,7 +70,7 @@ def test_progress_page_is_read_by_others(tmp_path):
         page.set(name, i * 2**33 - 1)
     page.set("state", State.READY)
     for name in TEXTS:
-        page.set_text(name, name * 100 if name == "note" else f"ä {name}")
+        page.set_text(name, name * 300 if name == "note" else f"ä {name}")
     page.add("tokens", 5)
     reader = ProgressPage(tmp_path / "worker0.page")
     for i, name in enumerate(COUNTERS):
