@@ -27,7 +27,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Which model, in which arithmetic, on which device."""
 
     model: Annotated[str, _doc("'default' (SmolLM2-135M-Instruct), a local directory, a GGUF file or a hub id", min_length=1)] = "default"
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], _doc("arithmetic of the weights and of the KV cache")] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], _doc("arithmetic of the weights and of the KV cache; auto: bfloat16 where the device multiplies it fast")] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], _doc("where the worker runs; auto: cuda where there is one")] = "auto"
     max_model_len: Annotated[int, _doc("most tokens of prompt and output together; default: what the model allows", ge=1, le=2**24)] | None = None
     generation_config: Annotated[Literal["auto", "vllm"], _doc("auto: default sampling values from the model's generation_config.json; vllm: neutral ones")] = "auto"
@@ -53,7 +53,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the engine runs as a program."""
 
-    run_dir: Annotated[str, _doc("directory of sockets, lock and progress pages, mode 0700")] | None = None
+    run_dir: Annotated[str, _doc("directory of sockets, lock and progress pages, mode 0700; default: $XDG_RUNTIME_DIR/folovllm/default, else ~/.cache/folovllm/run/default", min_length=1)] | None = None
     stream_interval: Annotated[int, _doc("tokens between two deltas of a stream", ge=1, le=1024)] = 1
     shutdown_timeout: Annotated[float, _doc("seconds that open streams get to finish after Ctrl-C or SIGTERM; a second signal ends them at once", ge=0.0, le=3600.0)] = 0.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _doc("least severe lines to log, on stderr")] = "warning"
@@ -159,7 +159,8 @@ def _from_environment(environ: Any) -> dict[str, Any]:
         try:
             values[name] = _parse(text, kind)
         except ValueError:
-            raise ConfigError(f"{variable}: was {text!r}; allowed: {getattr(kind, '__name__', kind)}") from None
+            allowed = "0, 1, true or false" if kind is bool else _allowed(name)
+            raise ConfigError(f"{variable}: was {text!r}; allowed: {allowed}") from None
     return values
 
 
@@ -190,14 +191,30 @@ def _description(hint: Any) -> str:
     return ""
 
 
-def _clear(error: str, values: dict[str, Any]) -> str:
-    """msgspec's message with the field in front and the value it had."""
-    message, _, path = error.partition(" - at `$.")
-    field = path.rstrip("`")
-    if not field:
-        return error
-    kind = fields()[field][1]
-    allowed = message[0].lower() + message[1:]
+def _allowed(name: str) -> str:
+    """What a setting may be, in words."""
+    section, kind, _default, _text = fields()[name]
     if typing.get_origin(kind) is Literal:
-        allowed = "allowed: " + ", ".join(str(choice) for choice in typing.get_args(kind))
-    return f"{field}: was {values.get(field)!r}; {allowed}"
+        return ", ".join(str(choice) for choice in typing.get_args(kind))
+    if kind is bool:
+        return "True or False"
+    if kind is str:
+        return "a non-empty string"
+    low, high = _bounds(typing.get_type_hints(SECTIONS[section], include_extras=True)[name])
+    noun = "an integer" if kind is int else "a number"
+    return f"{noun} from {low}" if high is None else f"{noun} in [{low}, {high}]"
+
+
+def _bounds(hint: Any) -> tuple[Any, Any]:
+    """The ``ge`` and ``le`` of a number's annotation."""
+    for part in (hint, *typing.get_args(hint)):
+        for meta in getattr(part, "__metadata__", ()):
+            if isinstance(meta, Meta):
+                return meta.ge, meta.le
+    return None, None
+
+
+def _clear(error: str, values: dict[str, Any]) -> str:
+    """The field, the value that it had, and what is allowed."""
+    field = error.partition(" - at `$.")[2].rstrip("`")
+    return f"{field}: was {values.get(field)!r}; allowed: {_allowed(field)}" if field else error

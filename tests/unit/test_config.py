@@ -41,7 +41,13 @@ def test_arguments_give_the_config_back():
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"max_num_seqs": 0}, "max_num_seqs: was 0; expected `int` >= 1"),
+    ({"max_num_seqs": 0}, "max_num_seqs: was 0; allowed: an integer in [1, 4096]"),
+    ({"max_num_seqs": "8"}, "max_num_seqs: was '8'; allowed: an integer in [1, 4096]"),
+    ({"max_num_queued_reqs": 0}, "max_num_queued_reqs: was 0; allowed: an integer from 1"),
+    ({"watermark": 0.9}, "watermark: was 0.9; allowed: a number in [0.0, 0.5]"),
+    ({"enable_prefix_caching": 1}, "enable_prefix_caching: was 1; allowed: True or False"),
+    ({"model": ""}, "model: was ''; allowed: a non-empty string"),
+    ({"run_dir": ""}, "run_dir: was ''; allowed: a non-empty string"),
     ({"dtype": "int3"}, "dtype: was 'int3'; allowed: auto, float32, bfloat16, float16"),
     ({"window": 3}, "window: was 3"),
     ({"window": "x"}, "window: was 'x'"),
@@ -54,9 +60,12 @@ def test_wrong_settings_are_named(values, message):
     assert str(caught.value).startswith(message)
 
 
-def test_wrong_environment_is_named():
-    with pytest.raises(ConfigError, match="FOLOVLLM_WINDOW: was 'two'; allowed: int"):
-        parse(environ={"FOLOVLLM_WINDOW": "two"})
+@pytest.mark.parametrize(("name", "value", "allowed"), [
+    ("FOLOVLLM_WINDOW", "two", r"an integer in \[1, 2\]"), ("FOLOVLLM_ENABLE_PREFIX_CACHING", "maybe", "0, 1, true or false"),
+    ("FOLOVLLM_WATERMARK", "x", r"a number in \[0.0, 0.5\]")])
+def test_wrong_environment_is_named(name, value, allowed):
+    with pytest.raises(ConfigError, match=f"{name}: was '{value}'; allowed: {allowed}"):
+        parse(environ={name: value})
 
 
 def test_keywords_reach_every_section():
