@@ -43,19 +43,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="Start an engine with 'python launch.py'.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    complete = commands.add_parser("complete", help="continue a text", description="Continue a text, as it stands.")
+    complete = commands.add_parser("complete", help="continue a text", description="Continue a text, as it stands.", allow_abbrev=False)
     complete.add_argument("text", help="what to continue; '-' reads it from standard input")
     add_sampling_arguments(complete, leave_out=NOT_SHOWN, max_tokens=COMPLETE_MAX_TOKENS)
     complete.set_defaults(command=complete_command)
 
-    chat = commands.add_parser("chat", help="a conversation", description=f"A conversation; {CHAT_HELP}.")
+    chat = commands.add_parser("chat", help="a conversation", description=f"A conversation; {CHAT_HELP}.", allow_abbrev=False)
     chat.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own)")
     add_sampling_arguments(chat, leave_out=NOT_SHOWN | {"n"}, max_tokens=None)
     chat.set_defaults(command=chat_command)
 
     status = commands.add_parser(
         "status", help="processes, requests, KV memory",
-        description="How the engine stands; answers even when its core does not.")
+        description="How the engine stands; answers even when its core does not.", allow_abbrev=False)
     status.add_argument("--json", action="store_true", help="machine-readable, on one line")
     status.set_defaults(command=status_command)
 

@@ -12,20 +12,24 @@ from typing import Annotated, Any
 
 import msgspec
 
-from protocol.sampling_params import SamplingParams
+from protocol.sampling_params import DEFAULTS, SamplingParams
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: set[str], **defaults: Any) -> None:
     """One flag per field but ``leave_out``; ``defaults`` replace the struct's own."""
-    group = parser.add_argument_group("sampling", "names and meanings are vLLM's; a value that is not given is"
-                                      " the model's own (generation_config.json), else vLLM's default")
+    group = parser.add_argument_group("sampling", "names and meanings are vLLM's; the model's own values are those"
+                                      " of its generation_config.json")
     hints = typing.get_type_hints(SamplingParams, include_extras=True)
     for info in msgspec.structs.fields(SamplingParams):
         if info.name in leave_out:
             continue
         text, kinds = _describe(hints[info.name])
         default = defaults.get(info.name, info.default)
-        shown = "" if default is None else f" (default: {default})"
+        if info.name in DEFAULTS:
+            default_text = f"the model's own, else {DEFAULTS[info.name]}"
+        else:
+            default_text = "none" if default is None else str(default)
+        shown = f" (default: {default_text})"
         options: dict[str, Any] = {"default": default, "help": (text + shown).replace("%", "%%")}
         group.add_argument("--" + info.name.replace("_", "-"), **options, **_argument(kinds))
 

@@ -16,6 +16,7 @@ from protocol.config import EngineConfig
 from protocol.progress import ProgressPage, State
 from protocol.run_dir import RunDir
 
+SWITCHES = ("ignore-eos,", "skip-special-tokens,", "include-stop-str-in-output,")     # "--x, --no-x  help"
 NO_PID = 2**22 + 1       # above what Linux gives out
 
 
@@ -136,7 +137,19 @@ def test_bad_flags_are_one_clear_error(run_dir: RunDir, capsys: pytest.CaptureFi
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
-    assert caught.value.code == 0 and "--run-dir" in capsys.readouterr().out
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--run-dir" in shown
+    if command != "status":
+        flags = shown.split("sampling: ")[1].split(" --")[1:]
+        assert len(flags) >= 18 and all("(default: " in flag or flag in SWITCHES for flag in flags)
+        assert "below 1e-5 is greedy (default: the model's own, else 1.0)" in shown
+
+
+def test_a_flag_is_not_guessed(run_dir: RunDir, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["complete", "x", "--temp", "0"])
+    assert "unrecognized arguments: --temp" in capsys.readouterr().err
 
 
 def test_sampling_flags_become_params() -> None:
