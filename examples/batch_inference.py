@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # from a clone, installed or not
-from folovllm import LLMEngine, ModelConfig, SamplingParams
+from folovllm import BadRequest, EngineNotRunning, LLMEngine, ModelConfig, SamplingParams
 
 QUESTIONS = [
     "What is the capital of France?", "Write a haiku about AI.", "Why is the sky blue?", "Name three prime numbers.",
@@ -66,4 +66,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (BadRequest, EngineNotRunning) as error:
+        sys.exit(f"error: {error}")
