@@ -135,7 +135,8 @@ class Engine:
         return EXIT_PEER_LOST
 
     def stop(self, grace_s: float) -> None:
-        """Frontend first, so that every client is told; then the others."""
+        """Frontend first, so that every client is told; then the others.  Who is not ready yet does not
+        listen, and is killed at once."""
         serving = self.page.get("state") == State.READY
         self.page.set("state", State.DRAINING)
         frontend = self.children.get("frontend")
@@ -143,12 +144,11 @@ class Engine:
             if serving and not child.alive:
                 say(f"{role} (pid {child.process.pid}) {how_it_ended(child.process.returncode)};"
                     " every open stream ends with engine_lost")
-                if frontend:
-                    frontend.told(PeerDied(role, routing_id(role, 0, EPOCH, GEN)))
+                frontend.told(PeerDied(role, routing_id(role, 0, EPOCH, GEN)))
         try:
-            if frontend:
+            if serving:
                 self._leave([frontend], grace_s, FRONTEND_LEAVES_S)
-            self._leave(list(self.children.values()), 0.0, OTHERS_LEAVE_S)
+                self._leave(list(self.children.values()), 0.0, OTHERS_LEAVE_S)
         except Stop:
             pass  # a second signal: at once
         for child in self.children.values():

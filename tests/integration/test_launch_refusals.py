@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
+import launch
 from frontend.status import process_state
+from protocol.config import EngineConfig
+from protocol.run_dir import RunDir
 from tiny_models import write_byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +98,18 @@ def test_a_flag_is_not_guessed(tmp_path: Path) -> None:
     process = start("launch.py", "--run-dir", str(tmp_path / "run"), "--wind", "1")
     _out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "unrecognized arguments: --wind 1" in err
+
+
+def test_children_that_are_not_ready_get_no_time_to_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They load, and do not listen yet: waiting for them would only keep the user."""
+    read_end, write_end = os.pipe()
+    child = launch.Child("worker", start("-c", "import time; time.sleep(60)"), write_end)
+    engine = launch.Engine(EngineConfig(), RunDir(tmp_path), None)
+    engine.children["worker"] = child
+    monkeypatch.setattr(engine, "_leave", lambda *_: pytest.fail("it waits"))
+    engine.stop(grace_s=30.0)
+    assert child.process.returncode == -signal.SIGKILL
+    os.close(read_end)
 
 
 class FirstStart:
