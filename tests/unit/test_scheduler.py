@@ -131,6 +131,19 @@ def test_poison_is_convicted_alone_and_innocents_are_not():
     engine.check()
 
 
+def test_a_failed_step_counts_only_against_rows_that_it_would_have_carried_further():
+    engine = Harness(max_num_batched_tokens=1)
+    request = engine.add(1, 8, max_tokens=9)
+    for _ in range(10):
+        engine.step()                    # 10 tokens confirmed
+    engine.core.live.preempt(request)    # 8 of them are in published blocks
+    engine.step(status=StepStatus.FAILED_INTERNAL)
+    assert not engine.core.suspects.any
+    engine.step(), engine.step()
+    engine.step(status=StepStatus.FAILED_INTERNAL)
+    assert engine.core.suspects.any
+
+
 def test_the_window_closes_for_suspects_and_not_for_one_strike():
     engine = Harness(window=2)
     engine.add(1, 6, max_tokens=12)
