@@ -1,11 +1,14 @@
 """The memory of K and V: one pair of tensors a layer, in blocks of 32 positions.
 
-Owned by the worker's runner; attention backends read and write it, the core decides which
-block belongs to whom.  Contents of a block beyond what its owner has written are stale and
-may be anything, NaN included.
+Owned by the worker's runner; the core decides which block belongs to whom.  One attention
+backend reads and writes it, in an order of its own within a block and KV head.  int8 K and V
+have a float32 scale for each token and KV head beside them.  Contents of a block beyond what
+its owner has written are stale and may be anything, NaN included.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,29 +17,51 @@ from torch import Tensor
 from gpu_worker.models.spec import ModelSpec
 from protocol.codec import BLOCK_SIZE_TOKENS
 
+KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """K and V of one layer."""
+
+    key: Tensor                   # [num_blocks, num_kv_heads, 32, head_dim]
+    value: Tensor
+    key_scale: Tensor | None      # float32 [num_blocks, num_kv_heads, 32], for int8: key = key · key_scale
+    value_scale: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.key, self.value, self.key_scale, self.value_scale) if tensor is not None]
+
 
 class KVCache:
-    """K and V of every layer: [num_blocks, num_kv_heads, 32, head_dim] each."""
+    """K and V of every layer."""
 
     def __init__(self, spec: ModelSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.num_blocks = num_blocks
-        self.key: list[Tensor] = []
-        self.value: list[Tensor] = []
+        self.num_blocks, self.dtype = num_blocks, dtype
+        self.layers: list[LayerKV] = []
         for layer in spec.layers:
             shape = (num_blocks, layer.num_kv_heads, BLOCK_SIZE_TOKENS, layer.head_dim)
-            self.key.append(_zeros(shape, dtype, device))
-            self.value.append(_zeros(shape, dtype, device))
+            key, value = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+            scales = [_zeros(shape[:3], torch.float32, device) for _ in range(2)] if dtype == torch.int8 else [None, None]
+            self.layers.append(LayerKV(key, value, *scales))
+
+    def fill_with_nan(self) -> None:
+        """As if every block had been used by something that went wrong: for checks of what is read."""
+        for layer in self.layers:
+            for tensor in layer.tensors():
+                tensor.fill_(float("nan") if tensor.is_floating_point() else -127)
 
     @staticmethod
     def block_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
         """Bytes that one block takes over all layers, K and V."""
-        values = sum(layer.num_kv_heads * layer.head_dim for layer in spec.layers)
-        return 2 * BLOCK_SIZE_TOKENS * values * dtype.itemsize
+        scale_bytes = SCALE_BYTES if dtype == torch.int8 else 0
+        return 2 * BLOCK_SIZE_TOKENS * sum(layer.num_kv_heads * (layer.head_dim * dtype.itemsize + scale_bytes) for layer in spec.layers)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros; on a CPU the pages come from the system when first touched (torch writes them all now)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = np.int16 if dtype.itemsize == 2 else np.int32
+    size = {1: np.int8, 2: np.int16, 4: np.int32}[dtype.itemsize]
     return torch.from_numpy(np.zeros(shape, dtype=size)).view(dtype)

@@ -152,8 +152,7 @@ class _Trial:
         blocks_each = -(-PROMPT_TOKENS // BLOCK_SIZE_TOKENS)
         num_rows = len(self._neighbours) + 1
         kv = KVCache(self._spec, blocks_each * num_rows, self._spec.dtype, torch.device("cpu"))
-        kv.key[0].fill_(float("nan"))          # what was never written is never read
-        kv.value[0].fill_(float("nan"))
+        kv.fill_with_nan()          # what was never written is never read
         table = np.arange(blocks_each * num_rows, dtype=np.int32)[::-1].reshape(blocks_each, num_rows).T   # apart, descending
         place, begin, outputs = num_rows // 2, 0, []
         for count in chunks:

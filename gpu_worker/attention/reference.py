@@ -23,7 +23,7 @@ from torch import Tensor
 from gpu_worker.attention import schedule
 from gpu_worker.attention.interface import AttentionLayer, AttentionMetadata
 from gpu_worker.attention.schedule import QUERY_BLOCK_SIZES, TILE_TOKENS, Group, Slice
-from gpu_worker.kv_cache import KVCache
+from gpu_worker.kv_cache import KVCache, LayerKV
 from gpu_worker.product_dtype import product_dtype
 
 HIDDEN_SCORE = -1e30              # below every real score, and finite: differences of two are not NaN
@@ -84,7 +84,7 @@ class _ReferenceStep:
         output = query.new_empty(query.shape[0], layer.num_heads * layer.head_dim)
         output[self._metadata.num_tokens:] = 0
         for group in self._groups_of(layer, query.device):
-            rows = _attend_group(layer, group, query, self._kv.key[layer.index], self._kv.value[layer.index])
+            rows = _attend_group(layer, group, query, self._kv.layers[layer.index])
             output.index_copy_(0, group.real_tokens, rows)
         return output
 
@@ -96,8 +96,13 @@ class _ReferenceStep:
             head = torch.arange(heads, device=slots.device)
             rows = ((slots // TILE_TOKENS * heads + head) * TILE_TOKENS + slots % TILE_TOKENS).reshape(-1)
             self._store_rows[heads] = rows
-        for cache, new in ((self._kv.key, key), (self._kv.value, value)):
-            cache[layer.index].view(-1, layer.head_dim).index_copy_(0, rows, new[:num_tokens].reshape(-1, layer.head_dim))
+        kv = self._kv.layers[layer.index]
+        for cache, scales, new in ((kv.key, kv.key_scale, key), (kv.value, kv.value_scale, value)):
+            new = new[:num_tokens].reshape(-1, layer.head_dim)
+            if scales is not None:
+                new, scale = _quantized(new)
+                scales.view(-1).index_copy_(0, rows, scale)
+            cache.view(-1, layer.head_dim).index_copy_(0, rows, new.to(cache.dtype))
 
     def _groups_of(self, layer: AttentionLayer, device: torch.device) -> list[_GroupTensors]:
         shape = (layer.window or 0, layer.num_heads, layer.num_kv_heads, layer.head_dim)
@@ -107,6 +112,15 @@ class _ReferenceStep:
             groups = schedule.build_groups(meta.query_lens_host, meta.seq_lens_host, layer.window, limits)
             self._groups[shape] = [_to_device(group, layer, meta, device) for group in groups]
         return self._groups[shape]
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, head_dim] → int8 values [n, head_dim] and float32 scales [n]: the largest becomes 127."""
+    x = x.float()
+    largest = x.abs().amax(-1)
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)     # 127 / largest would be two roundings
+    values = inverse.unsqueeze(-1).mul(x).round_()
+    return values.to(torch.int8), largest / 127
 
 
 def _query_rows(layer: AttentionLayer, size: int) -> int:
@@ -163,7 +177,7 @@ def _slice_to_device(part: Slice, group: Group, layer: AttentionLayer, meta: Att
         tail_items=move(tail_items), stale=move(stale[:, None, :, None]))
 
 
-def _attend_group(layer: AttentionLayer, group: _GroupTensors, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend_group(layer: AttentionLayer, group: _GroupTensors, query: Tensor, kv: LayerKV) -> Tensor:
     """[num_real, num_heads * head_dim]: the output of the group's real tokens."""
     kv_heads, dim = layer.num_kv_heads, layer.head_dim
     heads_per_kv = layer.num_heads // kv_heads
@@ -174,27 +188,17 @@ def _attend_group(layer: AttentionLayer, group: _GroupTensors, query: Tensor, ke
     maximum = torch.empty(group.num_segments, kv_heads, group.query_rows, device=query.device)
     total = torch.empty(group.num_segments, kv_heads, group.query_rows, dim + 1, device=query.device)
     for part in group.slices:
-        _attend_slice(layer, part, packed, key, value, maximum, total)
+        _attend_slice(layer, part, packed, kv, maximum, total)
     merged = _merge_segments(group, maximum, total)
     output = (merged[..., :dim] / merged[..., dim:]).to(query.dtype)[:, :, :real_rows]
     output = output.view(group.num_blocks, kv_heads, group.size, heads_per_kv, dim).transpose(1, 2)
     return output.reshape(group.num_blocks * group.size, layer.num_heads * dim).index_select(0, group.real)
 
 
-def _attend_slice(layer: AttentionLayer, part: _SliceTensors, packed: Tensor, key: Tensor, value: Tensor,
-                  maximum: Tensor, total: Tensor) -> None:
+def _attend_slice(layer: AttentionLayer, part: _SliceTensors, packed: Tensor, kv: LayerKV, maximum: Tensor, total: Tensor) -> None:
     """Fills ``maximum`` and ``total`` (acc, and the sum as last column) of the slice's segments."""
-    plan, kv_heads, rows, dim = part.plan, layer.num_kv_heads, packed.shape[2], layer.head_dim
-    num_items = len(part.block_ids)
-    keys = key.index_select(0, part.block_ids).view(num_items * kv_heads, TILE_TOKENS, dim)
-    queries = packed.index_select(0, part.item_block).view(num_items * kv_heads, rows, dim)
-    scores = _product(queries, keys.transpose(1, 2)).float().mul_(layer.scale)
-    if layer.softcap is not None:
-        scores = _softcap(scores, layer.softcap)
-    scores = scores.view(num_items, kv_heads, rows, TILE_TOKENS)
-    scores.index_copy_(0, part.partial_items,
-                       scores.index_select(0, part.partial_items).masked_fill_(part.hidden, HIDDEN_SCORE))
-
+    plan, kv_heads, rows = part.plan, layer.num_kv_heads, packed.shape[2]
+    scores = _scores(layer, part, packed, kv)
     segment_max = scores.amax(-1).index_select(0, part.segment_items)
     segment_max = segment_max.view(plan.num_segments, -1, kv_heads, rows).amax(1)
     end = plan.first_segment + plan.num_segments
@@ -202,14 +206,7 @@ def _attend_slice(layer: AttentionLayer, part: _SliceTensors, packed: Tensor, ke
     # a query that sees nothing of the segment: any finite maximum makes its weights exp(-1e30) = 0
     segment_max = segment_max.masked_fill_(segment_max <= HIDDEN_SCORE, 0.0)
     weights = scores.sub_(segment_max.index_select(0, part.item_segment).unsqueeze(-1)).exp_()
-
-    values = value.index_select(0, part.block_ids)
-    values.index_copy_(0, part.tail_items, values.index_select(0, part.tail_items).masked_fill_(part.stale, 0))
-    products = torch.empty(num_items, kv_heads, rows, dim + 1, device=packed.device)
-    torch.sum(weights, -1, out=products[..., dim])
-    weights = weights.view(num_items * kv_heads, rows, TILE_TOKENS).to(packed.dtype)
-    values = values.view(num_items * kv_heads, TILE_TOKENS, dim)
-    products[..., :dim] = _product(weights, values).view(num_items, kv_heads, rows, dim)
+    products = _weighted_values(layer, part, weights, kv, packed.dtype)
     sums = total[plan.first_segment:end].zero_()
     item = 0
     for run in plan.runs:
@@ -217,9 +214,44 @@ def _attend_slice(layer: AttentionLayer, part: _SliceTensors, packed: Tensor, ke
         item += run
 
 
+def _scores(layer: AttentionLayer, part: _SliceTensors, packed: Tensor, kv: LayerKV) -> Tensor:
+    """float32 [num_items, num_kv_heads, rows, 32]; HIDDEN_SCORE where a query does not see a key."""
+    kv_heads, rows, dim, num_items = layer.num_kv_heads, packed.shape[2], layer.head_dim, len(part.block_ids)
+    keys = kv.key.index_select(0, part.block_ids).view(num_items * kv_heads, TILE_TOKENS, dim)
+    queries = packed.index_select(0, part.item_block).view(num_items * kv_heads, rows, dim)
+    scores = _product(queries, keys.transpose(1, 2)).float().mul_(layer.scale).view(num_items, kv_heads, rows, TILE_TOKENS)
+    if kv.key_scale is not None:
+        scores.mul_(kv.key_scale.index_select(0, part.block_ids).unsqueeze(2))
+    if layer.softcap is not None:
+        scores = _softcap(scores, layer.softcap)
+    scores.index_copy_(0, part.partial_items,
+                       scores.index_select(0, part.partial_items).masked_fill_(part.hidden, HIDDEN_SCORE))
+    return scores
+
+
+def _weighted_values(layer: AttentionLayer, part: _SliceTensors, weights: Tensor, kv: LayerKV, dtype: torch.dtype) -> Tensor:
+    """float32 [num_items, num_kv_heads, rows, head_dim + 1]: each item's weights · V, and their sums as last column."""
+    kv_heads, rows, dim, num_items = layer.num_kv_heads, weights.shape[2], layer.head_dim, len(part.block_ids)
+    products = torch.empty(num_items, kv_heads, rows, dim + 1, device=weights.device)
+    torch.sum(weights, -1, out=products[..., dim])
+    values = _without_stale(kv.value.index_select(0, part.block_ids), part)
+    if kv.value_scale is not None:
+        scales = kv.value_scale.index_select(0, part.block_ids).unsqueeze(-1)
+        weights = weights * _without_stale(scales, part).view(num_items, kv_heads, 1, TILE_TOKENS)
+    weights = weights.view(num_items * kv_heads, rows, TILE_TOKENS).to(dtype if kv.value.dtype == dtype else torch.float32)
+    values = values.view(num_items * kv_heads, TILE_TOKENS, dim)
+    products[..., :dim] = _product(weights, values).view(num_items, kv_heads, rows, dim)
+    return products
+
+
+def _without_stale(values: Tensor, part: _SliceTensors) -> Tensor:
+    """[num_items, num_kv_heads, 32, n], zero where the item's row has written nothing."""
+    return values.index_copy_(0, part.tail_items, values.index_select(0, part.tail_items).masked_fill_(part.stale, 0))
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """[n, rows, k] · [n, k, columns], in an arithmetic that is fast here."""
-    inside = product_dtype(a.dtype, a.device)
+    """[n, rows, k] · [n, k, columns], in an arithmetic that is fast here; of different types, in float32."""
+    inside = product_dtype(a.dtype, a.device) if a.dtype == b.dtype else torch.float32
     return torch.bmm(a.to(inside), b.to(inside))
 
 

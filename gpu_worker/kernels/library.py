@@ -20,6 +20,16 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "folo_silu_multiply": (_INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
     # is_bf16, x, rows, width, output, values, scales, threads
     "folo_quantize_rows": (_INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _INT),
+    # plan (out)
+    "folo_plan_new": (_ADDRESS,),
+    # plan
+    "folo_plan_free": (_ADDRESS,),
+    # plan, batch, shape, threads, ok (out)
+    "folo_plan_make": (_ADDRESS, _ADDRESS, _ADDRESS, _INT, _ADDRESS),
+    # FoloAttend
+    "folo_attend": (_ADDRESS,),
+    # FoloRopeStore
+    "folo_rope_and_store": (_ADDRESS,),
 }
 
 
@@ -28,14 +38,16 @@ class Library:
     """The functions, and what they were compiled for."""
 
     level: str                 # e.g. "avx512_bf16"
+    build: str                 # the level, and a hash of sources, flags and compiler
     functions: ctypes.CDLL
 
     @classmethod
     def open(cls, level: Level | None = None, extra: tuple[str, ...] = ()) -> Library:
         """Compiled now if need be; KernelsUnavailable says why there is none."""
         level = level or best_level(cpu_flags())
-        functions = ctypes.CDLL(str(build(level, extra)))
+        path = build(level, extra)
+        functions = ctypes.CDLL(str(path))
         for name, arguments in SIGNATURES.items():
             function = getattr(functions, name)
             function.argtypes, function.restype = arguments, None
-        return cls(level.name, functions)
+        return cls(level.name, path.stem, functions)

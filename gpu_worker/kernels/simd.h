@@ -24,7 +24,9 @@ inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 set1(float x) { return _mm512_set1_ps(x); }
 inline I32 set1i(int32_t x) { return _mm512_set1_epi32(x); }
 inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+inline I32 load_ints(const void* p) { return _mm512_loadu_si512(p); }
 inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+inline void store_ints(void* p, I32 x) { _mm512_storeu_si512(p, x); }
 inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
@@ -40,6 +42,7 @@ inline I32 as_int(F32 x) { return _mm512_castps_si512(x); }
 inline F32 as_float(I32 x) { return _mm512_castsi512_ps(x); }
 inline I32 addi(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline I32 andi(I32 a, I32 b) { return _mm512_and_si512(a, b); }
+inline I32 ori(I32 a, I32 b) { return _mm512_or_si512(a, b); }
 inline I32 maxi(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
 template <int N> inline I32 shift_left(I32 x) { return _mm512_slli_epi32(x, N); }
 template <int N> inline I32 shift_right(I32 x) { return _mm512_srli_epi32(x, N); }
@@ -52,6 +55,14 @@ inline F32 select_nan(F32 x, F32 if_nan, F32 otherwise) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), otherwise, if_nan);
 }
 
+// Lanes begin … end − 1 of x, and `otherwise` in the rest; begin and end may lie outside.
+inline F32 keep_lanes(F32 x, int begin, int end, F32 otherwise) {
+    const auto before = [](int lane) { return lane <= 0 ? 0u : lane >= LANES ? 0xffffu : (1u << lane) - 1; };
+    return _mm512_mask_blend_ps(static_cast<uint16_t>(before(end) & ~before(begin)), otherwise, x);
+}
+
+inline __m128 lowest_four(F32 x) { return _mm512_castps512_ps128(x); }
+inline __m256 half_max(F32 x) { return _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 inline __m256 half_add(F32 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 inline __m256i half_max(I32 x) { return _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti32x8_epi32(x, 1)); }
 
@@ -65,7 +76,9 @@ inline F32 zero() { return _mm256_setzero_ps(); }
 inline F32 set1(float x) { return _mm256_set1_ps(x); }
 inline I32 set1i(int32_t x) { return _mm256_set1_epi32(x); }
 inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
+inline I32 load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
+inline void store_ints(void* p, I32 x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 inline F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
@@ -81,6 +94,7 @@ inline I32 as_int(F32 x) { return _mm256_castps_si256(x); }
 inline F32 as_float(I32 x) { return _mm256_castsi256_ps(x); }
 inline I32 addi(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 inline I32 andi(I32 a, I32 b) { return _mm256_and_si256(a, b); }
+inline I32 ori(I32 a, I32 b) { return _mm256_or_si256(a, b); }
 inline I32 maxi(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
 template <int N> inline I32 shift_left(I32 x) { return _mm256_slli_epi32(x, N); }
 template <int N> inline I32 shift_right(I32 x) { return _mm256_srli_epi32(x, N); }
@@ -99,10 +113,21 @@ inline F32 select_nan(F32 x, F32 if_nan, F32 otherwise) {
     return _mm256_blendv_ps(otherwise, if_nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
 
+// Lanes begin … end − 1 of x, and `otherwise` in the rest; begin and end may lie outside.
+inline F32 keep_lanes(F32 x, int begin, int end, F32 otherwise) {
+    const I32 lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const I32 kept = _mm256_and_si256(_mm256_cmpgt_epi32(lane, set1i(begin - 1)), _mm256_cmpgt_epi32(set1i(end), lane));
+    return _mm256_blendv_ps(otherwise, x, as_float(kept));
+}
+
+inline __m128 lowest_four(F32 x) { return _mm256_castps256_ps128(x); }
+inline __m256 half_max(F32 x) { return x; }
 inline __m256 half_add(F32 x) { return x; }
 inline __m256i half_max(I32 x) { return x; }
 
 #endif
+
+inline float first_of(F32 x) { return _mm_cvtss_f32(lowest_four(x)); }
 
 // One written order: halves, quarters, pairs.
 inline float sum_of(F32 x) {
@@ -110,6 +135,13 @@ inline float sum_of(F32 x) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
+inline float max_of(F32 x) {        // any number where a lane is NaN
+    const __m256 eight = half_max(x);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
 
 inline int32_t max_of(I32 x) {
@@ -144,6 +176,14 @@ inline F32 load_as_float(const bf16* p) { return as_float(shift_left<16>(widen_u
 inline void store_from_float(float* p, F32 x) { store(p, x); }
 inline void store_from_float(bf16* p, F32 x) { narrow_u16(p, rounded_bf16(x)); }
 
+#if defined(FOLO_BF16)
+// Two neighbours in every lane.
+inline I32 broadcast_pair(const bf16* p) { int32_t pair; std::memcpy(&pair, p, 4); return set1i(pair); }
+
+// sum + a · b in each lane, of two bfloat16 products: what stands in the upper halves, then the lower.
+inline F32 dot_pairs(F32 sum, I32 a, I32 b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
+
 // e^x to about 1 ulp (Cephes' polynomial) for x in [−87.3, 88], the ends beyond; NaN for NaN.
 inline F32 exp(F32 x) {
     const F32 clamped = min(set1(88.0f), max(set1(-87.3f), x));
@@ -157,6 +197,21 @@ inline F32 exp(F32 x) {
     p = fma(p, r, set1(1.6666665459e-1f));
     p = fma(p, r, set1(5.0000001201e-1f));
     p = add(fma(mul(r, r), p, r), set1(1.0f));
+    return mul(p, as_float(shift_left<23>(addi(to_int(n), set1i(127)))));
+}
+
+// 2^x to about 1 ulp (Cephes' polynomial) for x up to 127; 2^−126 for what is below that, NaN for NaN.
+inline F32 exp2(F32 x) {
+    const F32 clamped = max(set1(-126.0f), x);
+    const F32 n = round_even(clamped);
+    const F32 r = sub(clamped, n);
+    F32 p = set1(1.535336188319500e-4f);
+    p = fma(p, r, set1(1.339887440266574e-3f));
+    p = fma(p, r, set1(9.618437357674640e-3f));
+    p = fma(p, r, set1(5.550332471162809e-2f));
+    p = fma(p, r, set1(2.402264791363012e-1f));
+    p = fma(p, r, set1(6.931472028550421e-1f));
+    p = fma(p, r, set1(1.0f));
     return mul(p, as_float(shift_left<23>(addi(to_int(n), set1i(127)))));
 }
 

@@ -34,6 +34,15 @@ static inline simde__m512i emulated_cvtps_epi32(simde__m512 x) {
     return emulated_joined(simde_mm256_cvtps_epi32(simde_mm512_castps512_ps256(x)), simde_mm256_cvtps_epi32(emulated_high_ps(x)));
 }
 
+static inline simde__m512 emulated_cvtepi32_ps(simde__m512i x) {
+    simde__m256 halves[2] = {simde_mm256_cvtepi32_ps(simde_mm512_castsi512_si256(x)), simde_mm256_cvtepi32_ps(emulated_high_epi32(x))};
+    return simde_mm512_loadu_ps(halves);
+}
+
+static inline simde__m512i emulated_cvtepi8_epi32(simde__m128i x) {
+    return emulated_joined(simde_mm256_cvtepi8_epi32(x), simde_mm256_cvtepi8_epi32(simde_mm_bsrli_si128(x, 8)));
+}
+
 static inline simde__m512i emulated_cvtepu16_epi32(simde__m256i x) {
     return emulated_joined(simde_mm256_cvtepu16_epi32(simde_mm256_castsi256_si128(x)),
                            simde_mm256_cvtepu16_epi32(simde_mm256_extracti128_si256(x, 1)));
@@ -59,7 +68,31 @@ static inline simde__m256i emulated_cvtepi32_epi16(simde__m512i x) {
     return simde_mm256_loadu_si256(reinterpret_cast<const simde__m256i*>(&narrow));
 }
 
+// One rounding for each of the two products, what is denormal taken for zero.
+static inline simde__m512 emulated_dpbf16_ps(simde__m512 sum, simde__m512i a, simde__m512i b) {
+    float sums[16];
+    uint32_t as[16], bs[16];
+    simde_mm512_storeu_ps(sums, sum);
+    simde_mm512_storeu_si512(as, a);
+    simde_mm512_storeu_si512(bs, b);
+    const auto flushed = [](float x) { return __builtin_fabsf(x) < __FLT_MIN__ ? __builtin_copysignf(0.0f, x) : x; };
+    const auto as_float = [&](uint32_t bits) { float x; __builtin_memcpy(&x, &bits, 4); return flushed(x); };
+    for (int i = 0; i < 16; ++i) {
+        for (const uint32_t shift : {0, 16}) {      // the upper ones first
+            const float x = as_float(as[i] << shift & 0xffff0000), y = as_float(bs[i] << shift & 0xffff0000);
+            sums[i] = flushed(__builtin_fmaf(x, y, flushed(sums[i])));
+        }
+    }
+    return simde_mm512_loadu_ps(sums);
+}
+
+#undef _mm512_dpbf16_ps
+#undef __m512bh
+#define __m512bh simde__m512i
+#define _mm512_dpbf16_ps(sum, a, b) emulated_dpbf16_ps(sum, a, b)
 #define _mm512_cvtps_epi32(x) emulated_cvtps_epi32(x)
+#define _mm512_cvtepi32_ps(x) emulated_cvtepi32_ps(x)
+#define _mm512_cvtepi8_epi32(x) emulated_cvtepi8_epi32(x)
 #define _mm512_cvtepu16_epi32(x) emulated_cvtepu16_epi32(x)
 #define _mm512_cvtph_ps(x) emulated_cvtph_ps(x)
 #define _mm512_extractf32x8_ps(x, i) emulated_high_ps(x)

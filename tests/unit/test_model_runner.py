@@ -57,8 +57,7 @@ class Driver:
     def __init__(self, model: LoadedModel) -> None:
         spec = model.spec
         kv = KVCache(spec, BLOCKS, spec.dtype, CPU)
-        for tensor in (*kv.key, *kv.value):
-            tensor.fill_(float("nan"))            # what was never written is never read
+        kv.fill_with_nan()                        # what was never written is never read
         states = RequestStates(ROWS, spec.max_model_len, spec.vocab_size, BLOCKS, CPU)
         self.runner = ModelRunner(model, kv, states, RowBuckets())
         self._steps = itertools.count()

@@ -21,7 +21,7 @@ def test_tables_and_memory_are_as_large_as_said(tiny_llama_dir: Path) -> None:
     states = worker.runner.states
     assert (worker.num_blocks, worker.max_model_len, worker.device, worker.dtype, worker.num_threads) == (9, 100, "cpu", "float32", 1)
     assert (states.max_num_seqs, states.max_model_len, states.max_blocks, states.num_blocks) == (3, 100, 4, 9)
-    assert worker.runner.kv.key[1].shape == (9, 2, 32, 8)
+    assert worker.runner.kv.layers[1].key.shape == (9, 2, 32, 8)
 
 
 def test_fewer_blocks_than_the_model_is_long(tiny_llama_dir: Path) -> None:

@@ -1,0 +1,212 @@
+// Paged attention of one layer, unit by unit. The contract and the shapes: attention.h, the
+// arithmetic of a tile: attention_tile.h.
+
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention_tile.h"
+
+namespace folo {
+
+namespace {
+
+constexpr int EXPANDED_ROWS = 13;   // from so many query rows on a tile is laid out as Q first
+
+// What does not depend on the type of activations.
+struct Layer {
+    KVLayer kv;
+    float scale, softcap;
+    AttentionPlan* plan;
+};
+
+// One thread at work on one unit. Q: queries and weights, E: K and V.
+template <typename Q, typename E>
+class UnitRun {
+  public:
+    UnitRun(const Layer& layer, const AttentionUnit& unit, float* memory)
+        : a(layer), u(unit), shape(layer.plan->shape), group(shape.group()), dim(shape.head_dim), rows(unit.count * group),
+          scratch(memory, rows, dim), queries(reinterpret_cast<Q*>(scratch.queries)) {}
+
+    template <typename T>
+    void take_queries(const Heads<const T>& from) {
+        for (int r = 0; r < rows; ++r) {
+            const T* x = from.at(u.token + r / group, u.kv_head * group + r % group);
+            for (int i = 0; i < dim; i += LANES) store_from_float(queries + r * dim + i, load_as_float(x + i));
+        }
+    }
+
+    // All segments of the unit; true if the result of its query block is complete.
+    bool attend() {
+        if (u.split < 0) {
+            for (int segment = u.first_segment; segment < u.last_segment; ++segment) {
+                attend_segment(segment, scratch.segment);
+                merge(segment, scratch.segment);
+            }
+            return true;
+        }
+        SplitBlock& split = a.plan->splits[u.split];
+        for (int segment = u.first_segment; segment < u.last_segment; ++segment) attend_segment(segment, partial(split, segment));
+        if (__atomic_add_fetch(&split.ended, 1, __ATOMIC_ACQ_REL) < split.units) return false;
+        split.ended = 0;
+        for (int segment = split.first_segment; segment < split.last_segment; ++segment) merge(segment, partial(split, segment));
+        return true;
+    }
+
+    template <typename T>
+    void write(T* attended) const {
+        for (int r = 0; r < rows; ++r) {
+            const F32 share = set1(1.0f / scratch.total.sum[r]);
+            const int64_t token = u.token + r / group, head = u.kv_head * group + r % group;
+            T* to = attended + (token * shape.num_heads + head) * dim;
+            for (int i = 0; i < dim; i += LANES) store_from_float(to + i, mul(load(scratch.total.acc + r * dim + i), share));
+        }
+    }
+
+  private:
+    const Layer& a;
+    const AttentionUnit& u;
+    const AttentionShape& shape;
+    const int group, dim, rows;     // query row = token · group + query head within the group
+    UnitScratch scratch;
+    Q* queries;
+
+    Partial partial(const SplitBlock& split, int segment) {
+        return {a.plan->partials(split) + (segment - split.first_segment) * Partial::floats(rows, dim), rows, dim};
+    }
+
+    // Positions of the segment that a token sees, from its beginning on: first … last − 1.
+    struct Seen { int first, last; };
+    Seen seen(int token, int segment) const {
+        const int position = u.position + token, begin = segment * SEGMENT;
+        return {std::max(shape.first_seen(position), begin) - begin, std::min(position + 1, begin + SEGMENT) - begin};
+    }
+
+    int64_t block(int tile) const { return a.plan->batch.block_table[u.row * a.plan->batch.table_stride + tile]; }
+
+    // Tokens first … last − 1 of the unit see something of a tile, whole_first … whole_last − 1 all of it.
+    struct Seers { int first, last, whole_first, whole_last; };
+    Seers seers(int tile) const {
+        const int64_t begin = tile * TILE - u.position, end = begin + TILE - 1, window = shape.window ? shape.window : INT32_MAX;
+        const auto within = [&](int64_t token) { return static_cast<int>(std::clamp<int64_t>(token, 0, u.count)); };
+        return {within(begin), within(end + window), within(end), within(begin + window)};
+    }
+
+    void attend_segment(int segment, Partial to) {
+        const int first_tile = std::max(segment * SEGMENT_TILES, shape.first_seen(u.position) / TILE);
+        const int last_tile = std::min(segment * SEGMENT_TILES + SEGMENT_TILES - 1, (u.position + u.count - 1) / TILE);
+        for (int tile = first_tile; tile <= last_tile; ++tile) score_tile(tile, tile % SEGMENT_TILES * TILE);
+        for (int r = 0; r < rows; ++r) {
+            const Seen s = seen(r / group, segment);
+            if (s.first >= s.last) continue;
+            float* scores = scratch.scores + (int64_t)r * SCORE_STRIDE;
+            if (a.softcap > 0) soften(scores, s.first, s.last, a.softcap);
+            weigh<Q, SCALED>(scores, s.first, s.last, scratch.value_scales, to.maximum + r, to.sum + r);
+        }
+        std::fill_n(to.acc, (int64_t)rows * dim, 0.0f);
+        for (int tile = first_tile; tile <= last_tile; ++tile) add_tile(tile, segment, to.acc);
+    }
+
+    void score_tile(int tile, int place) {
+        const KVTile<const E> keys = key_tile<const E>(a.kv, block(tile), u.kv_head);
+        const F32 scale = set1(a.softcap > 0 ? a.scale : a.scale * LOG2_E);
+        for (int key = 0; key < TILE; key += LANES) {
+            store(scratch.key_factors + key, SCALED ? mul(load(keys.scales + key), scale) : scale);
+        }
+        if (SCALED) std::copy_n(value_tile<const E>(a.kv, block(tile), u.kv_head).scales, TILE, scratch.value_scales + place);
+        const Seers s = seers(tile);
+        const auto score_rows = [&](const auto* tile_keys) {
+            in_groups((s.last - s.first) * group, [&](auto count, int row) {
+                row += s.first * group;
+                score<count, Q>(queries + row * dim, tile_keys, dim, scratch.key_factors, scratch.scores + row * SCORE_STRIDE + place);
+            });
+        };
+        if (!expanded()) return score_rows(keys.values);
+        expand_keys(keys.values, dim, reinterpret_cast<Q*>(scratch.keys));
+        score_rows(reinterpret_cast<const Q*>(scratch.keys));
+    }
+
+    void add_tile(int tile, int segment, float* acc) {
+        const KVTile<const E> values = value_tile<const E>(a.kv, block(tile), u.kv_head);
+        const int place = tile % SEGMENT_TILES * TILE;
+        const Seers s = seers(tile);
+        const auto add_rows = [&](const auto* tile_values) {
+            const auto add = [&](int first, int last, int begin, int end) {
+                in_groups((last - first) * group, [&](auto count, int row) {
+                    row += first * group;
+                    const Q* weights = reinterpret_cast<const Q*>(scratch.scores + row * SCORE_STRIDE) + place;
+                    add_weighted<count>(weights, tile_values, begin, end, dim, acc + row * dim);
+                });
+            };
+            for (int token = s.first; token < s.last; ++token) {
+                if (token == s.whole_first && s.whole_first < s.whole_last) {
+                    add(s.whole_first, s.whole_last, 0, TILE);
+                    token = s.whole_last - 1;
+                } else {
+                    const Seen keys = seen(token, segment);
+                    add(token, token + 1, std::max(keys.first - place, 0), std::min(keys.last - place, TILE));
+                }
+            }
+        };
+        if (!expanded()) return add_rows(values.values);
+        expand_values(values.values, dim, reinterpret_cast<Q*>(scratch.values));
+        add_rows(reinterpret_cast<const Q*>(scratch.values));
+    }
+
+    // A segment's result joins those before it; a row takes part from the first segment on that it sees.
+    void merge(int segment, const Partial& next) {
+        const Partial& total = scratch.total;
+        for (int r = 0; r < rows; ++r) {
+            const int position = u.position + r / group, first = shape.first_seen(position) / SEGMENT;
+            if (segment < first || segment * SEGMENT > position) continue;
+            float* acc = total.acc + r * dim;
+            const float* added = next.acc + r * dim;
+            if (segment == first) {
+                std::copy_n(added, dim, acc);
+                total.maximum[r] = next.maximum[r];
+                total.sum[r] = next.sum[r];
+                continue;
+            }
+            const F32 old_maximum = set1(total.maximum[r]), next_maximum = set1(next.maximum[r]), both = max(old_maximum, next_maximum);
+            const F32 old_share = exp2(sub(old_maximum, both)), next_share = exp2(sub(next_maximum, both));
+            for (int i = 0; i < dim; i += LANES) store(acc + i, fma(load(added + i), next_share, mul(load(acc + i), old_share)));
+            total.sum[r] = first_of(fma(set1(next.sum[r]), next_share, mul(set1(total.sum[r]), old_share)));
+            total.maximum[r] = first_of(both);
+        }
+    }
+
+    static constexpr bool SCALED = std::is_same_v<E, int8_t>;
+    bool expanded() const { return !std::is_same_v<Q, E> && rows >= EXPANDED_ROWS; }
+};
+
+template <typename T, typename E>
+void attend_on(Team& team, const AttentionArguments<T>& a) {
+    using Q = std::conditional_t<in_pairs<T, E>(), bf16, float>;
+    const Layer layer{a.kv, a.scale, a.softcap, a.plan};
+    team.for_each(a.plan->units.size(), [&](int64_t i) {
+        UnitRun<Q, E> unit(layer, a.plan->units[i], a.plan->thread_scratch(team.rank));
+        unit.take_queries(a.queries);
+        if (unit.attend()) unit.write(a.attended);
+    });
+}
+
+}  // namespace
+
+template <typename T>
+void attend(Team& team, const AttentionArguments<T>& a) {
+    if (team.rank == 0) {
+        const int64_t width = (int64_t)a.plan->shape.num_heads * a.plan->shape.head_dim;
+        std::fill(a.attended + a.tokens * width, a.attended + a.padded_tokens * width, T());
+    }
+    switch (a.kv.type) {
+        case KVType::float32: return attend_on<T, float>(team, a);
+        case KVType::bfloat16: return attend_on<T, bf16>(team, a);
+        case KVType::int8: return attend_on<T, int8_t>(team, a);
+    }
+}
+
+template void attend<float>(Team&, const AttentionArguments<float>&);
+template void attend<bf16>(Team&, const AttentionArguments<bf16>&);
+
+}  // namespace folo
