@@ -97,7 +97,7 @@ class _ReferenceStep:
             rows = ((slots // TILE_TOKENS * heads + head) * TILE_TOKENS + slots % TILE_TOKENS).reshape(-1)
             self._store_rows[heads] = rows
         for cache, new in ((self._kv.key, key), (self._kv.value, value)):
-            cache[layer.index].view(-1, layer.head_dim).index_copy_(0, rows, new[:num_tokens].reshape(-1, layer.head_dim))
+            cache[layer.index].view(-1, layer.head_dim).index_copy_(0, rows, new[:num_tokens].reshape(-1, layer.head_dim).to(cache[layer.index].dtype))
 
     def _groups_of(self, layer: AttentionLayer, device: torch.device) -> list[_GroupTensors]:
         shape = (layer.window or 0, layer.num_heads, layer.num_kv_heads, layer.head_dim)
