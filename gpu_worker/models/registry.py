@@ -19,14 +19,16 @@ from gpu_worker.models.decoder import Decoder
 from gpu_worker.models.decoder_parts import PlainParts
 from gpu_worker.models.spec import LoadedModel, ModelError, ModelSpec
 from gpu_worker.product_dtype import onednn_multiplies
+from gpu_worker.quantization.modes import check_supported
+from gpu_worker.quantization.parts import QuantizedParts
 
 __all__ = ["LoadedModel", "ModelError", "ModelSpec", "load_model"]
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(model_dir: Path, *, dtype: str, device: torch.device, max_model_len: int | None = None,
-               num_threads: int | None = None) -> LoadedModel:
+def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantization: str | None = None,
+               max_model_len: int | None = None, num_threads: int | None = None) -> LoadedModel:
     """The model in ``model_dir``, ready to run; ModelError names what is wrong with it.
 
     ``max_model_len`` (tokens) bounds the tables of positions; it may not exceed the config's.
@@ -42,11 +44,17 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, max_model_l
     try:
         lean = decoder_config.read(config)
     except decoder_config.NotLean as reason:
+        if quantization is not None:
+            raise ModelError(f"quantization: was {quantization!r}, but this model runs through transformers ({reason});"
+                             f" allowed: models of the families {', '.join(decoder_config.FAMILIES)}") from None
         logger.info("%s: run by the transformers backend: %s", model_dir, reason)
         from gpu_worker.models.transformers_backend import load_transformers_model   # slow to import, rarely needed
         return load_transformers_model(model_dir, max_model_len=max_model_len,
                                        dtype=resolve_dtype(dtype, _checkpoint_dtype(config), device), **settings)
     settings["max_model_len"] = checked_max_model_len(max_model_len, lean.max_position)
+    if quantization is not None:
+        check_supported(quantization, lean, dtype, device)
+        return Decoder(lean, QuantizedParts(quantization, model_dir, lean, dtype), **settings)
     with weights.Checkpoint(model_dir) as checkpoint:
         chosen = resolve_dtype(dtype, _checkpoint_dtype(config), device)
         model = Decoder(lean, PlainParts(checkpoint, lean, chosen, device, weights.fingerprint(model_dir)), **settings)
