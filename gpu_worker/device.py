@@ -87,7 +87,7 @@ def size_kv(spec: ModelSpec, scheduler: SchedulerConfig, asked_max_model_len: in
     Where they do not hold one request of the model's length, that length is lowered.
     """
     max_model_len = spec.max_model_len if asked_max_model_len is None else asked_max_model_len
-    block_bytes = KVCache.block_bytes(spec, spec.dtype)
+    block_bytes = KVCache.block_bytes(spec, spec.kv_dtype)
     num_blocks = _num_blocks(scheduler, block_bytes, max_model_len, free_bytes)
     if num_blocks * BLOCK_SIZE_TOKENS < max_model_len:
         logger.warning("max_model_len is lowered from %d to %d tokens: the KV cache has %d blocks of %d tokens",

@@ -151,7 +151,7 @@ class _Trial:
         """[PROMPT_TOKENS, num_heads * head_dim]: the prompt's output, computed piece by piece."""
         blocks_each = -(-PROMPT_TOKENS // BLOCK_SIZE_TOKENS)
         num_rows = len(self._neighbours) + 1
-        kv = KVCache(self._spec, blocks_each * num_rows, self._spec.dtype, torch.device("cpu"))
+        kv = KVCache(self._spec, blocks_each * num_rows, self._spec.kv_dtype, torch.device("cpu"))
         kv.fill_with_nan()          # what was never written is never read
         table = np.arange(blocks_each * num_rows, dtype=np.int32)[::-1].reshape(blocks_each, num_rows).T   # apart, descending
         place, begin, outputs = num_rows // 2, 0, []

@@ -36,7 +36,7 @@ class LoadedWorker:
 
     runner: ModelRunner
     device: str
-    dtype: str
+    dtype: str                 # or the weights' quantization
     num_threads: int
     num_blocks: int
     max_model_len: int         # tokens
@@ -50,7 +50,7 @@ def load_worker(config: EngineConfig) -> LoadedWorker:
     device = choose_device(config.model.device)
     num_threads = choose_threads(config.model.num_threads)
     torch.set_num_threads(num_threads)
-    model = load_model(Path(config.model_dir), dtype=config.model.dtype, device=device,
+    model = load_model(Path(config.model_dir), dtype=config.model.dtype, quantization=config.model.quantization, device=device,
                        max_model_len=config.model.max_model_len, num_threads=num_threads)
     loaded = time.perf_counter()
     buckets = RowBuckets(enabled=os.environ.get(NO_ROW_PADDING) != "1")
@@ -59,14 +59,14 @@ def load_worker(config: EngineConfig) -> LoadedWorker:
     _log(verdict, model, device)
     checked = time.perf_counter()
     size = size_kv(model.spec, config.scheduler, config.model.max_model_len, available_bytes(device))
-    kv = KVCache(model.spec, size.num_blocks, model.spec.dtype, device)
+    kv = KVCache(model.spec, size.num_blocks, model.spec.kv_dtype, device)
     states = RequestStates(config.scheduler.max_num_seqs, size.max_model_len, model.spec.vocab_size, size.num_blocks, device)
     logger.info("model %.2f s, self-check %.2f s, memory %.2f s; KV cache %d blocks, %.0f MB; row tables %.1f MB", loaded - started,
                 checked - loaded, time.perf_counter() - checked, size.num_blocks,
-                size.num_blocks * KVCache.block_bytes(model.spec, model.spec.dtype) / 1e6, states.table_bytes() / 1e6)
+                size.num_blocks * KVCache.block_bytes(model.spec, model.spec.kv_dtype) / 1e6, states.table_bytes() / 1e6)
     return LoadedWorker(
         runner=ModelRunner(model, kv, states, buckets), device=device_name(device),
-        dtype=str(model.spec.dtype).removeprefix("torch."), num_threads=num_threads, num_blocks=size.num_blocks,
+        dtype=model.spec.quantization or str(model.spec.dtype).removeprefix("torch."), num_threads=num_threads, num_blocks=size.num_blocks,
         max_model_len=size.max_model_len, numerics_fingerprint=_joined(fingerprint, str(verdict.bit_exact)),
         bit_exact=verdict.bit_exact)
 
@@ -80,7 +80,7 @@ def _log(verdict: Verdict, model: LoadedModel, device: torch.device) -> None:
 
 def _fingerprint(model: LoadedModel, device: torch.device, num_threads: int, buckets: RowBuckets) -> str:
     """Equal where equal requests give equal bits: everything that chooses an arithmetic."""
-    return _joined(model.weights_fingerprint, str(model.spec.dtype), model.spec.backend, model.attention.name, *arithmetic(device),
+    return _joined(model.weights_fingerprint, str(model.spec.dtype), str(model.spec.kv_dtype), str(model.spec.quantization), model.spec.backend, model.attention.name, *arithmetic(device),
                    str(num_threads), torch.__version__, str(buckets.enabled))
 
 

@@ -25,6 +25,9 @@ class ConversionError(RuntimeError):
     """The model cannot be fetched or converted; the message is for the user."""
 
 
+GGUF_NAME = "model.gguf"      # the file that a checkpoint was converted from, kept beside it
+
+
 def models_dir() -> Path:
     return cache_dir() / "models"
 

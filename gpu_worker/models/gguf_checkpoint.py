@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from gpu_worker.models.converted import ConversionError, converted, report
+from gpu_worker.models.converted import GGUF_NAME, ConversionError, converted, report
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 KNOWN_FIELDS = frozenset((        # of the architecture: read here, or without effect on the arithmetic
     "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
@@ -38,6 +39,16 @@ def convert(gguf_path: Path, target: Path) -> None:
         raise
     except Exception as error:     # a damaged file makes the reader raise anything
         raise ConversionError(f"not a readable GGUF file: {type(error).__name__}: {error}") from None
+
+
+def convert_and_keep(gguf_path: Path, target: Path) -> None:
+    """``convert``, and the file itself under another name beside the checkpoint: int4 takes its blocks."""
+    convert(gguf_path, target)
+    whole = gguf_path.resolve()
+    try:
+        os.link(whole, target / GGUF_NAME)
+    except OSError:      # another disk, or not ours
+        (target / GGUF_NAME).symlink_to(whole)
 
 
 def _convert(gguf_path: Path, target: Path) -> None:
@@ -157,7 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Convert a GGUF file once and print the checkpoint directory.")
     parser.add_argument("file", type=Path, help="a GGUF file of the architectures " + " and ".join(ARCHITECTURES))
     path = parser.parse_args().file.absolute()
-    return report(str(path), lambda: converted(path, f"gguf{CONVERTER_VERSION}", convert))
+    return report(str(path), lambda: converted(path, f"gguf{CONVERTER_VERSION}", convert_and_keep))
 
 
 if __name__ == "__main__":

@@ -16,16 +16,19 @@ from gpu_worker.attention.interface import AttentionBackend
 from gpu_worker.attention.reference import ReferenceAttention
 from gpu_worker.models import decoder_config, weights
 from gpu_worker.models.decoder import Decoder
+from gpu_worker.models.decoder_parts import PlainParts
 from gpu_worker.models.spec import LoadedModel, ModelError, ModelSpec
 from gpu_worker.product_dtype import onednn_multiplies
+from gpu_worker.quantization.modes import check_supported
+from gpu_worker.quantization.parts import QuantizedParts
 
 __all__ = ["LoadedModel", "ModelError", "ModelSpec", "load_model"]
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(model_dir: Path, *, dtype: str, device: torch.device, max_model_len: int | None = None,
-               num_threads: int | None = None) -> LoadedModel:
+def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantization: str | None = None,
+               max_model_len: int | None = None, num_threads: int | None = None) -> LoadedModel:
     """The model in ``model_dir``, ready to run; ModelError names what is wrong with it.
 
     ``max_model_len`` (tokens) bounds the tables of positions; it may not exceed the config's.
@@ -36,18 +39,28 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, max_model_l
     config = weights.read_json(model_dir / "config.json", required=True)
     _check_config(config)
     generation_config = weights.read_json(model_dir / "generation_config.json", required=False)
-    settings: dict[str, Any] = {
-        "dtype": resolve_dtype(dtype, _checkpoint_dtype(config), device), "device": device,
-        "eos_token_ids": weights.eos_token_ids(config, generation_config), "attention": attention_backend(device)}
+    settings: dict[str, Any] = {"device": device, "eos_token_ids": weights.eos_token_ids(config, generation_config),
+                                "attention": attention_backend(device)}
     try:
         lean = decoder_config.read(config)
     except decoder_config.NotLean as reason:
+        if quantization is not None:
+            raise ModelError(f"quantization: was {quantization!r}, but this model runs through transformers ({reason});"
+                             f" allowed: models of the families {', '.join(decoder_config.FAMILIES)}") from None
         logger.info("%s: run by the transformers backend: %s", model_dir, reason)
         from gpu_worker.models.transformers_backend import load_transformers_model   # slow to import, rarely needed
-        return load_transformers_model(model_dir, max_model_len=max_model_len, **settings)
-    length = checked_max_model_len(max_model_len, lean.max_position)
+        return load_transformers_model(model_dir, max_model_len=max_model_len,
+                                       dtype=resolve_dtype(dtype, _checkpoint_dtype(config), device), **settings)
+    settings["max_model_len"] = checked_max_model_len(max_model_len, lean.max_position)
+    if quantization is not None:
+        check_supported(quantization, lean, dtype, device)
+        return Decoder(lean, QuantizedParts(quantization, model_dir, lean, dtype), **settings)
     with weights.Checkpoint(model_dir) as checkpoint:
-        return Decoder(lean, checkpoint, max_model_len=length, weights_fingerprint=weights.fingerprint(model_dir), **settings)
+        chosen = resolve_dtype(dtype, _checkpoint_dtype(config), device)
+        model = Decoder(lean, PlainParts(checkpoint, lean, chosen, device, weights.fingerprint(model_dir)), **settings)
+        checkpoint.ignore("rotary_emb.inv_freq")
+        checkpoint.check_all_taken()
+    return model
 
 
 def attention_backend(device: torch.device) -> AttentionBackend:

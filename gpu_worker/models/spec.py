@@ -33,9 +33,16 @@ class ModelSpec:
     hidden_size: int
     vocab_size: int
     max_model_len: int                    # tokens, as the model's config allows
-    dtype: torch.dtype                    # of weights and KV cache
+    dtype: torch.dtype                    # of the activations between operators, of weights and K/V where nothing else is said
     eos_token_ids: tuple[int, ...]        # ascending; config and generation_config together
     supports_bit_exact: bool              # False: a row's bits may depend on the batch; not even checked
+    quantization: str | None = None       # of the weights: "int8" or "int4"
+    other_kv_dtype: torch.dtype | None = None   # of the KV cache, where it is not ``dtype``
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What K and V are stored as."""
+        return self.other_kv_dtype or self.dtype
 
     @property
     def num_layers(self) -> int:

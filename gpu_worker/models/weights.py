@@ -113,8 +113,12 @@ class Checkpoint:
 
 
 def fingerprint(model_dir: Path) -> str:
-    """sha256 over config.json and the tensor files; remembered by the files' identities."""
-    files = [model_dir / "config.json", *tensor_files(model_dir)]
+    """sha256 over config.json and the tensor files of a checkpoint."""
+    return files_fingerprint([model_dir / "config.json", *tensor_files(model_dir)])
+
+
+def files_fingerprint(files: list[Path]) -> str:
+    """sha256 over the files' contents; remembered by their identities."""
     stats = [os.stat(path) for path in files]
     identity = [(str(path.resolve()), s.st_ino, s.st_size, s.st_mtime_ns) for path, s in zip(files, stats, strict=True)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Same request, same tokens: the same requests under every circumstance, compared as hex.
 
 ``python -m tests.integration.determinism_matrix`` runs all of it (16 requests, 64 tokens) and
-prints a table; ``test_determinism`` runs a reduced one.  What is compared: token ids, logprobs
+prints a table, for ``--dtype`` and ``--quantization`` as given; ``test_determinism`` runs a reduced one.  What is compared: token ids, logprobs
 and the best five logprobs of every position.
 """
 
@@ -18,12 +18,14 @@ from pathlib import Path
 
 from folovllm import LLMEngine, RequestOutput, SamplingParams
 from frontend.tokenizer import Tokenizer
+from protocol import config
 
 LONGEST_PROMPT = 1200        # tokens
 BLOCK = 32                   # tokens
 HOG_TOKENS = 32              # output of a hog: it grows from one block to two
 
 UNCACHED = {"enable_prefix_caching": False}
+ARITHMETIC = ["dtype", "quantization"]      # settings that choose one: flags of the command line
 
 Print = list[tuple]          # one entry a position: token id, its logprob and the best five, as hex
 Record = dict[int, Print]    # by request
@@ -188,6 +190,7 @@ def main() -> int:
     parser.add_argument("--model", default="default")
     parser.add_argument("--requests", type=int, default=16, help="requests compared")
     parser.add_argument("--max-tokens", type=int, default=64, help="output tokens of each")
+    config.add_arguments(parser, ARITHMETIC)
     arguments = parser.parse_args()
     model_dir = arguments.model
     if model_dir == "default":
@@ -199,7 +202,8 @@ def main() -> int:
     print(f"{len(work)} requests, prompts of {min(map(len, work.prompts))} to {max(map(len, work.prompts))} tokens,"
           f" {arguments.max_tokens} output tokens, row padding {padding}\n")
     print("| circumstance | compared | different | seconds |\n|---|---|---|---|")
-    for name, record, seconds in measure(arguments.model, [ALONE, *CIRCUMSTANCES], work):
+    chosen = {name: getattr(arguments, name) for name in ARITHMETIC if hasattr(arguments, name)}
+    for name, record, seconds in measure(arguments.model, [ALONE, *CIRCUMSTANCES], work, **chosen):
         reference = reference or record
         different = differences(reference, record)
         failed |= bool(different)

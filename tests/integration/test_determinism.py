@@ -1,5 +1,5 @@
-"""Each circumstance once against alone, compared as hex: the default model in bfloat16, and a
-random one that the transformers backend runs."""
+"""Each circumstance once against alone, compared as hex: the default model in bfloat16, a random
+one that the transformers backend runs, and a random one in the quantized modes."""
 
 import pytest
 
@@ -9,22 +9,34 @@ from frontend.tokenizer import Tokenizer
 NAMES = [circumstance.name for circumstance in CIRCUMSTANCES]
 
 
-def all_records(model_dir, **sizes):
+def all_records(model_dir, sizes, **settings):
     ids = Tokenizer(model_dir).encode(ordinary_text())
     work = make_workload(ids, max_tokens=16, **sizes)
-    return {name: record for name, record, _ in measure(str(model_dir), [ALONE, *CIRCUMSTANCES], work, dtype="bfloat16")}
+    return {name: record for name, record, _ in measure(str(model_dir), [ALONE, *CIRCUMSTANCES], work, **settings)}
 
 
 @pytest.fixture(scope="module")
 def records(default_model_dir):
-    return all_records(default_model_dir, count=8, longest=600)
+    return all_records(default_model_dir, {"count": 8, "longest": 600}, dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
 def transformers_records(tmp_path_factory):
     from tiny_models import write_gpt_neox
 
-    return all_records(write_gpt_neox(tmp_path_factory.mktemp("neox")), count=5, longest=300)
+    return all_records(write_gpt_neox(tmp_path_factory.mktemp("neox")), {"count": 5, "longest": 300}, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantized_records(request, tmp_path_factory):
+    from tiny_models import write_byte_tokenizer, write_tiny_llama
+
+    model_dir = write_tiny_llama(tmp_path_factory.mktemp("quantized"), vocab_size=512, hidden_size=96, intermediate_size=160,
+                                 num_attention_heads=8, max_position_embeddings=2048)
+    write_byte_tokenizer(model_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return all_records(model_dir, {"count": 5, "longest": 300}, quantization=request.param)
 
 
 def check(records, name):
@@ -42,9 +54,14 @@ def test_same_bits_through_the_transformers_backend(transformers_records, name):
     check(transformers_records, name)
 
 
-def test_the_requests_are_not_all_the_same(records, transformers_records):
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_in_the_quantized_modes(quantized_records, name):
+    check(quantized_records, name)
+
+
+def test_the_requests_are_not_all_the_same(records, transformers_records, quantized_records):
     """A comparison of equal things would show nothing."""
-    for found in (records, transformers_records):
+    for found in (records, transformers_records, quantized_records):
         prints = found[ALONE.name].values()
         assert len({str(print_) for print_ in prints}) == len(prints)
         assert all(len(row) >= 5 for print_ in prints for _token, row in print_)

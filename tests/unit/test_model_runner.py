@@ -27,9 +27,13 @@ ROWS, BLOCKS, BLOCK_TOKENS = 8, 40, 32
 Step = tuple[int, list[tuple[str, str]]]         # token, [(id, logprob as hex)]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def model(request: pytest.FixtureRequest, tiny_llama_dir: Path) -> LoadedModel:
-    return load_model(tiny_llama_dir, dtype=request.param, device=CPU, num_threads=1)
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
+def model(request: pytest.FixtureRequest, tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    if request.param not in ("int8", "int4"):
+        return load_model(tiny_llama_dir, dtype=request.param, device=CPU, num_threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return load_model(tiny_llama_dir, dtype="auto", device=CPU, quantization=request.param, num_threads=1)
 
 
 class FaultyModel:
@@ -56,7 +60,7 @@ class Driver:
 
     def __init__(self, model: LoadedModel) -> None:
         spec = model.spec
-        kv = KVCache(spec, BLOCKS, spec.dtype, CPU)
+        kv = KVCache(spec, BLOCKS, spec.kv_dtype, CPU)
         kv.fill_with_nan()                        # what was never written is never read
         states = RequestStates(ROWS, spec.max_model_len, spec.vocab_size, BLOCKS, CPU)
         self.runner = ModelRunner(model, kv, states, RowBuckets())
