@@ -25,6 +25,7 @@ from core_proc.request_rows import RequestRows
 from core_proc.scheduler import Scheduler, SchedulerInterface, StepLimits
 from core_proc.stats import Stats
 from core_proc.step import Step
+from core_proc.step_clock import StepClock
 from core_proc.step_results import BadResult, settle
 from core_proc.stop_conditions import check_request
 from core_proc.suspects import Suspects
@@ -35,17 +36,16 @@ from protocol.sampling_params import MAX_N, BadRequest
 from protocol.steps import StepPlan, StepResult, StepStatus, WorkerReady
 
 log = logging.getLogger(__name__)
-CPU_DEFAULTS = {"window": 1, "max_num_batched_tokens": 512}       # a step takes 60–100 ms, a plan 0.3
-CUDA_DEFAULTS = {"window": 2, "max_num_batched_tokens": 2048}
+CPU_BUDGET, CUDA_BUDGET = 512, 2048          # tokens of a step, where the user says nothing
 
 
 class EngineCore:
     """One engine, from its worker's handshake on."""
 
     def __init__(self, config: SchedulerConfig, ready: WorkerReady) -> None:
-        defaults = CUDA_DEFAULTS if "cuda" in ready.capabilities else CPU_DEFAULTS
         self.config, self.ready = config, ready
-        self.window = config.window or defaults["window"]
+        default_budget = CUDA_BUDGET if "cuda" in ready.capabilities else CPU_BUDGET
+        self.window = config.window
         self.max_model_len = ready.max_model_len
         self.steps: deque[Step] = deque()                  # in flight
         max_num_seqs = min(config.max_num_seqs, ready.max_num_seqs)
@@ -53,14 +53,16 @@ class EngineCore:
         self.kv = KVCacheManager(BlockPool(ready.num_blocks), self.rows, config.block_size)
         self.live = LiveRequests(self.rows, self.kv, create_request_queue(config.scheduling_policy), self.steps)
         self.scheduler: SchedulerInterface = Scheduler(self.live, int(config.watermark * ready.num_blocks))
-        self.memory = MemoryPressure(config.max_num_batched_tokens or defaults["max_num_batched_tokens"])
+        self.memory = MemoryPressure(config.max_num_batched_tokens or default_budget)
         self.suspects = Suspects()
+        self.clock = StepClock()
         self.stats = Stats()
         self.channels: dict[int, Channel] = {}             # by index
         self._by_routing_id: dict[bytes, Channel] = {}
         self._next_channel = 0
         self._step_id = 0
         self._restart_after: int | None = None
+        self._nothing_to_plan = False                      # until a message or a result changes something
 
     # --- frontends -------------------------------------------------------------------------
 
@@ -83,6 +85,7 @@ class EngineCore:
         if channel is None:
             return
         del self.channels[channel.index]
+        self._nothing_to_plan = False
         for request in channel.streams.values():
             if request.status is not RequestStatus.FINISHED:
                 self._end(request, Finish.ABORT)
@@ -94,6 +97,7 @@ class EngineCore:
             log.warning("a message from %r, which has not said Hello", routing_id)
             return
         channel.received(message, now_ns)
+        self._nothing_to_plan = False
         match message:
             case Add():
                 self._add(channel, message, now_ns)
@@ -156,9 +160,17 @@ class EngineCore:
 
     # --- the worker ------------------------------------------------------------------------
 
-    def wants_plan(self) -> bool:
+    def wants_plan(self, now_ns: int) -> bool:
+        return self._has_place() and now_ns >= self.clock.next_plan_ns(self.steps)
+
+    @property
+    def next_timer_ns(self) -> int | None:
+        """When ``wants_plan`` turns true by itself; None: only a message or a result can make it."""
+        return self.clock.next_plan_ns(self.steps) if self._has_place() else None
+
+    def _has_place(self) -> bool:
         window = self.window if self.suspects.on_trial() is None else 1
-        return len(self.steps) < window and len(self.live) > 0
+        return len(self.steps) < window and len(self.live) > 0 and not self._nothing_to_plan
 
     def schedule(self, now_ns: int) -> StepPlan | None:
         """The next plan; None if nothing can run before a result comes."""
@@ -173,7 +185,8 @@ class EngineCore:
             self._preempted(request, now_ns)
         if not len(scheduled.rows) and scheduled.preempted:
             scheduled = self.scheduler.schedule(limits)    # with room now
-        if not len(scheduled.rows):
+        self._nothing_to_plan = not len(scheduled.rows)
+        if self._nothing_to_plan:
             return None
         for request in scheduled.admitted:
             self._event(request, EventKind.ADMITTED, now_ns)
@@ -182,6 +195,7 @@ class EngineCore:
                     scheduled.num_tokens, scheduled.samples)
         plan = build_plan(self.ready.epoch, self.ready.gen, step, scheduled, self.live, self._restart_after)
         self._restart_after = None
+        self.clock.planned(step, now_ns, is_oldest=not self.steps)
         self.steps.append(step)
         self.stats.steps_scheduled += 1
         return plan
@@ -193,6 +207,8 @@ class EngineCore:
         if not self.steps or self.steps[0].step_id != result.step_id:
             raise BadResult(f"the result of step {result.step_id} was not the next one due")
         step = self.steps.popleft()
+        self._nothing_to_plan = False
+        self.clock.ended(now_ns)
         if step.dead:
             if result.status is not StepStatus.SKIPPED:
                 raise BadResult(f"step {step.step_id} ran after a failed one")
@@ -203,6 +219,8 @@ class EngineCore:
 
     def _succeeded(self, step: Step, result: StepResult, now_ns: int) -> None:
         self.memory.step_succeeded()
+        if result.timings_us is not None:
+            self.clock.learn(step, int(i32_column(result.timings_us)[-1]))
         outcome = settle(self.live, self.suspects, step, result)
         self.stats.step_done(step, result)
         for request in outcome.first_tokens:
@@ -221,7 +239,7 @@ class EngineCore:
         self.stats.steps_failed += 1
         culprits = self._carried_further(step)
         for other in self.steps:
-            other.dead = True
+            other.dead, other.predicted_us = True, 0.0
         self.live.forget_steps()
         self._restart_after = step.step_id
         if result.status is StepStatus.FAILED_INTERNAL:

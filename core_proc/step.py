@@ -20,6 +20,8 @@ class Step:
     num_tokens: np.ndarray           # i32[R] tokens of this step
     samples: np.ndarray              # bool[R]
     dead: bool = False               # it, or one before it, failed: its result will be ``skipped``
+    shape: tuple[int, int] = (0, 0)  # tokens of decoding requests, tokens of chunks
+    predicted_us: float | None = None                            # by ``StepClock``, as is ``shape``; None: it cannot say
     departed: dict[int, Request] = field(default_factory=dict)   # entry → request that has left its row since
 
     def note_departure(self, request: Request) -> None:

@@ -46,7 +46,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     kv_cache_memory_bytes: Annotated[int, _doc("bytes for K and V; default: what max_num_seqs full-length requests need, at most 40 % of what is available", ge=1)] | None = None
     num_kv_blocks: Annotated[int, _doc("KV blocks, instead of bytes", ge=1, le=2**31 - 1)] | None = None
     watermark: Annotated[float, _doc("share of KV blocks that an admission leaves free while others run", ge=0.0, le=0.5)] = 0.01
-    window: Annotated[int, _doc("steps in flight; default: 1 on a CPU, 2 on CUDA", ge=1, le=2)] | None = None
+    window: Annotated[int, _doc("steps in flight; the second goes out when the first is about to end", ge=1, le=2)] = 2
     max_num_queued_reqs: Annotated[int, _doc("most waiting requests; more are refused", ge=1)] = 10_000
 
 

@@ -82,14 +82,17 @@ class Harness:
 
     def plan(self) -> StepPlan | None:
         self.now_ns += 1
-        plan = self.core.schedule(self.now_ns) if self.core.wants_plan() else None
+        plan = self.core.schedule(self.now_ns) if self.core.wants_plan(self.now_ns) else None
         if plan is not None:
             self.plans.append(plan)
         return plan
 
     def answer(self, status: StepStatus = StepStatus.OK, token: int | None = None, row_errors: list[tuple[int, int]] = (),
-               prompt_logprobs: PromptLogprobRows | None = None) -> None:
-        """The result of the oldest plan: every row that samples gets ``token``, or counts up from 100."""
+               prompt_logprobs: PromptLogprobRows | None = None, took_us: int | None = None) -> None:
+        """The result of the oldest plan: every row that samples gets ``token``, or counts up from 100.
+
+        ``took_us``: how long the worker says it took; the time that has really passed is the test's.
+        """
         plan = self.plans.pop(0)
         result = StepResult(1, 1, plan.step_id, status)
         if status is StepStatus.OK:
@@ -100,7 +103,7 @@ class Harness:
             values = 100 + known % 800 if token is None else np.full(len(out), token)
             result = StepResult(1, 1, plan.step_id, status, i32_bytes(out.astype(np.int32)), i32_bytes(values[out]),
                                 row_errors=i32_bytes([v for pair in row_errors for v in pair]) if row_errors else None,
-                                prompt_logprobs=prompt_logprobs)
+                                prompt_logprobs=prompt_logprobs, timings_us=None if took_us is None else i32_bytes([0, 0, 0, took_us]))
         self.now_ns += 1
         self.core.apply(result, self.now_ns)
 

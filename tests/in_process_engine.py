@@ -80,7 +80,7 @@ class InProcessEngine:
             self._add(number, prompt, TokenParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True))
         accepted = [m for _, m in self._core.take_outputs() if isinstance(m, Accepted)]
         assert len(accepted) == len(prompts)
-        while self._core.wants_plan():
+        while self._core.wants_plan(self._now_ns):
             self._step()
         assert all(len(stream.token_ids) == max_tokens for stream in self._streams.values())
         return list(self._streams.values())
