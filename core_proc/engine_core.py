@@ -29,6 +29,7 @@ from core_proc.step_clock import StepClock
 from core_proc.step_results import BadResult, settle
 from core_proc.stop_conditions import check_request
 from core_proc.suspects import Suspects
+from core_proc.token_budget import TokenBudget
 from protocol.codec import i32_column
 from protocol.config import SchedulerConfig
 from protocol.messages import Abort, Accepted, Add, EngineReady, EventKind, Finish, Rejected, Sync
@@ -36,7 +37,6 @@ from protocol.sampling_params import MAX_N, BadRequest
 from protocol.steps import StepPlan, StepResult, StepStatus, WorkerReady
 
 log = logging.getLogger(__name__)
-CPU_BUDGET, CUDA_BUDGET = 512, 2048          # tokens of a step, where the user says nothing
 
 
 class EngineCore:
@@ -44,7 +44,6 @@ class EngineCore:
 
     def __init__(self, config: SchedulerConfig, ready: WorkerReady) -> None:
         self.config, self.ready = config, ready
-        default_budget = CUDA_BUDGET if "cuda" in ready.capabilities else CPU_BUDGET
         self.window = config.window
         self.max_model_len = ready.max_model_len
         self.steps: deque[Step] = deque()                  # in flight
@@ -53,9 +52,10 @@ class EngineCore:
         self.kv = KVCacheManager(BlockPool(ready.num_blocks), self.rows, config.block_size)
         self.live = LiveRequests(self.rows, self.kv, create_request_queue(config.scheduling_policy), self.steps)
         self.scheduler: SchedulerInterface = Scheduler(self.live, int(config.watermark * ready.num_blocks))
-        self.memory = MemoryPressure(config.max_num_batched_tokens or default_budget)
         self.suspects = Suspects()
         self.clock = StepClock()
+        self.budget = TokenBudget(config, self.clock, on_cuda="cuda" in ready.capabilities)
+        self.memory = MemoryPressure(self.budget.num_tokens(0))
         self.stats = Stats()
         self.channels: dict[int, Channel] = {}             # by index
         self._by_routing_id: dict[bytes, Channel] = {}
@@ -178,8 +178,9 @@ class EngineCore:
         if only is not None:    # the others wait without blocks: one that kept them could starve a small pool
             for request in [r for r in self.live.running if r not in only]:
                 self._preempted(request, now_ns, moved=False)
-        cap = self.rows.max_num_seqs if self.memory.row_cap is None else self.memory.row_cap
-        limits = StepLimits(self.memory.budget, cap, only)
+        num_tokens = self.memory.bound(self.budget.num_tokens(len(self.live.running)))
+        caps = [cap for cap in (self.memory.row_cap, self.budget.num_rows()) if cap is not None]
+        limits = StepLimits(num_tokens, min(caps, default=self.rows.max_num_seqs), only)
         scheduled = self.scheduler.schedule(limits)
         for request in scheduled.preempted:
             self._preempted(request, now_ns)

@@ -21,7 +21,8 @@ LEAD_US = 2_000              # the next plan goes out this long before the step 
 LEAD_SHARE = 0.1             # ... or this share of the step, where that is longer
 REMEMBERED = 5               # measurements of one group
 FORGOTTEN_AFTER = 100        # measurements of other groups
-STEEPEST = 1.5               # a token costs at most this many times what it does in a smaller step
+SINGLE_DEARER = 1.5          # than in smaller steps is a token in a step that was measured once, at most
+LEAST_SHARE = 0.25           # of what chunks cost beside decodes, where all tokens cost the same
 
 
 class Curve:
@@ -38,7 +39,7 @@ class Curve:
         self._met: dict[int, int] = {}                           # number of its last measurement
         self._count = 0
         self._sizes: list[int] = []                              # ascending, with ...
-        self._times: list[float] = []                            # ... the µs of each
+        self._times: list[int] = []                              # ... the µs of each
 
     def measured(self, size: int, time_us: int) -> None:
         """A step of ``size`` took ``time_us``."""
@@ -50,16 +51,17 @@ class Curve:
         self._met[key] = self._count
         for old in [k for k, met in self._met.items() if self._count - met > FORGOTTEN_AFTER]:
             del self._groups[old], self._medians[old], self._met[old]
-        points = sorted(self._medians.values())
-        self._sizes, self._times = [s for s, _ in points], [t for _, t in points]
-        for i in range(1, len(points)):
-            dearest = STEEPEST * self._times[i - 1] * self._sizes[i] / self._sizes[i - 1]
-            self._times[i] = min(self._times[i], dearest)
+        points = sorted(self._medians.items())
+        self._sizes, self._times = [size for _, (size, _) in points], [time for _, (_, time) in points]
+        for i, (key, _) in enumerate(points):
+            if i and len(self._groups[key]) == 1:      # a single one may have been disturbed
+                credible = SINGLE_DEARER * self._times[i - 1] * self._sizes[i] / self._sizes[i - 1]
+                self._times[i] = min(self._times[i], int(credible))
 
     def at(self, size: int) -> float | None:
         """µs of a step of ``size``; None while nothing is known.
 
-        Straight lines between what was measured; below it no shorter, beyond it in proportion.
+        Straight lines between what was measured and beyond; below it no shorter.
         """
         sizes, times = self._sizes, self._times
         if not sizes or not size:
@@ -68,8 +70,34 @@ class Curve:
         if i == 0:
             return float(times[0])
         if i == len(sizes):
-            return times[-1] * size / sizes[-1]
+            return times[-1] + self._slope() * (size - sizes[-1])
         return times[i - 1] + (times[i] - times[i - 1]) * (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+
+    def largest_within(self, time_us: float) -> int | None:
+        """The largest size that takes at most ``time_us``; None while nothing is known.
+
+        Beyond what was measured one more at least, to find out, and never more than twice as
+        large; below it in proportion.
+        """
+        sizes, times = self._sizes, self._times
+        if not sizes:
+            return None
+        if times[-1] <= time_us:
+            more = (time_us - times[-1]) / self._slope()
+            return sizes[-1] + int(min(max(1.0, more), sizes[-1]))
+        for i in range(len(sizes) - 2, -1, -1):
+            if times[i] <= time_us:
+                return int(sizes[i] + (sizes[i + 1] - sizes[i]) * (time_us - times[i]) / (times[i + 1] - times[i]))
+        return int(sizes[0] * max(0.0, time_us) / times[0])
+
+    def _slope(self) -> float:
+        """µs for one more beyond what was measured: as between the last two groups, within what one cost
+        there on average and a quarter of that (two groups that were disturbed say anything)."""
+        sizes, times = self._sizes, self._times
+        average = times[-1] / sizes[-1]
+        if len(sizes) == 1:
+            return average
+        return min(max(average / 4, (times[-1] - times[-2]) / (sizes[-1] - sizes[-2])), average)
 
 
 class StepClock:
@@ -97,8 +125,9 @@ class StepClock:
         if not chunk_tokens:
             self.decodes.measured(decodes, time_us)
             return
-        beside_us = int(self.decodes.at(decodes) or 0)      # unknown: counted in with the chunks
-        self.chunks.measured(chunk_tokens, max(1, time_us - beside_us))
+        beside_us = self.decodes.at(decodes) or 0.0         # unknown: counted in with the chunks
+        least_us = LEAST_SHARE * time_us * chunk_tokens / (decodes + chunk_tokens)
+        self.chunks.measured(chunk_tokens, max(1, int(max(time_us - beside_us, least_us))))
 
     def predict_us(self, decodes: int, chunk_tokens: int) -> float | None:
         """A step with so many tokens of decoding requests and of chunks; None while nothing is known."""

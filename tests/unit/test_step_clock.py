@@ -28,13 +28,23 @@ def test_curve_knows_nothing_at_first():
 
 def test_curve_between_below_and_beyond_what_was_measured():
     found = curve((8, 10_000), (64, 24_000))
-    assert [found.at(size) for size in (1, 8, 36, 64, 128)] == [10_000, 10_000, 17_000, 24_000, 48_000]
+    assert [found.at(size) for size in (1, 8, 36, 64, 128)] == [10_000, 10_000, 17_000, 24_000, 40_000]
+    assert curve((8, 10_000)).at(16) == 20_000
+
+
+def test_the_largest_size_within_a_time():
+    assert Curve().largest_within(5) is None
+    found = curve((8, 10_000), (64, 24_000))
+    sizes = [found.largest_within(us) for us in (-5, 0, 2_500, 10_000, 17_000, 24_000, 29_000, 10**9)]
+    assert sizes == [0, 0, 2, 8, 36, 65, 84, 128]
+    assert [curve((1, 13_000)).largest_within(us) for us in (12_000, 13_000, 20_000, 10**6)] == [0, 2, 2, 2]
 
 
 def test_a_disturbed_step_moves_nothing():
     found = curve(*[(64, 20_000)] * 4, (64, 900_000), (64, 20_000))
     assert found.at(64) == 20_000
-    assert curve((4, 10_000), (64, 9_000_000)).at(64) == 1.5 * 16 * 10_000      # a token of a larger step is hardly dearer
+    assert curve((4, 10_000), (64, 9_000_000)).at(64) == 1.5 * 16 * 10_000      # a single one has to be credible
+    assert curve((4, 10_000), (64, 9_000_000), (64, 9_000_000)).at(64) == 9_000_000
 
 
 def test_the_curve_follows_and_forgets():
