@@ -22,9 +22,9 @@ from core_proc.plan_builder import build_plan
 from core_proc.request import Request, RequestStatus
 from core_proc.request_queue import create_request_queue
 from core_proc.request_rows import RequestRows
-from core_proc.scheduler import Scheduler, SchedulerInterface, StepLimits
+from core_proc.scheduler import Scheduler, SchedulerInterface
 from core_proc.stats import Stats
-from core_proc.step import Step
+from core_proc.step import Step, StepLimits
 from core_proc.step_clock import StepClock
 from core_proc.step_results import BadResult, settle
 from core_proc.stop_conditions import check_request
@@ -178,9 +178,7 @@ class EngineCore:
         if only is not None:    # the others wait without blocks: one that kept them could starve a small pool
             for request in [r for r in self.live.running if r not in only]:
                 self._preempted(request, now_ns, moved=False)
-        num_tokens = self.memory.bound(self.budget.num_tokens(len(self.live.running)))
-        caps = [cap for cap in (self.memory.row_cap, self.budget.num_rows()) if cap is not None]
-        limits = StepLimits(num_tokens, min(caps, default=self.rows.max_num_seqs), only)
+        limits = self._limits(only)
         scheduled = self.scheduler.schedule(limits)
         for request in scheduled.preempted:
             self._preempted(request, now_ns)
@@ -192,14 +190,20 @@ class EngineCore:
         for request in scheduled.admitted:
             self._event(request, EventKind.ADMITTED, now_ns)
         self._step_id += 1
-        step = Step(self._step_id, scheduled.rows, self.rows.serial[scheduled.rows], scheduled.starts,
-                    scheduled.num_tokens, scheduled.samples)
+        step = Step.of(self._step_id, scheduled, self.rows.serial[scheduled.rows])
         plan = build_plan(self.ready.epoch, self.ready.gen, step, scheduled, self.live, self._restart_after)
         self._restart_after = None
         self.clock.planned(step, now_ns, is_oldest=not self.steps)
         self.steps.append(step)
         self.stats.steps_scheduled += 1
         return plan
+
+    def _limits(self, only: frozenset[Request] | None) -> StepLimits:
+        num_running = len(self.live.running)
+        caps = [cap for cap in (self.memory.row_cap, self.budget.num_rows()) if cap is not None]
+        return StepLimits(
+            num_tokens=self.memory.bound(self.budget.num_tokens(num_running)), num_rows=min(caps, default=self.rows.max_num_seqs),
+            only=only, num_steps=1 if self.suspects.any else self.budget.num_steps(num_running))
 
     def apply(self, result: StepResult, now_ns: int) -> None:
         """Raises BadResult where the worker and we contradict each other."""

@@ -8,36 +8,15 @@ Decides only; ``LiveRequests`` moves requests, ``KVCacheManager`` moves blocks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import numpy as np
 
 from core_proc.live_requests import LiveRequests
 from core_proc.request import Request
+from core_proc.run_ahead import run_ahead
+from core_proc.step import ScheduledStep, StepLimits
 
 MAX_PASSED_OVER = 64         # waiting requests looked at behind one that cannot go yet
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """What the next step may hold."""
-
-    num_tokens: int                          # budget
-    num_rows: int                            # most running requests
-    only: frozenset[Request] | None = None   # suspects under trial: nobody else may run
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledStep:
-    """Entries in the plan's order: decodes first, then prefill chunks."""
-
-    rows: np.ndarray             # i32[R] req_idx
-    starts: np.ndarray           # i32[R] tokens computed before
-    num_tokens: np.ndarray       # i32[R]
-    samples: np.ndarray          # bool[R]
-    grow: np.ndarray             # i32[k, 2] (req_idx, block_id) of requests admitted earlier
-    admitted: list[Request]
-    preempted: list[Request]
 
 
 class SchedulerInterface(ABC):
@@ -67,7 +46,8 @@ class Scheduler(SchedulerInterface):
             rows, num_tokens, starts, samples = (
                 np.concatenate(pair) for pair in zip((rows, num_tokens, starts, samples), columns, strict=True))
         order = np.argsort(num_tokens > 1, kind="stable")
-        return ScheduledStep(rows[order], starts[order], num_tokens[order], samples[order], grow, admitted, preempted)
+        step = ScheduledStep(rows[order], starts[order], num_tokens[order], samples[order], grow, admitted, preempted)
+        return run_ahead(self.live, step, limits.num_steps)
 
     def _plan_running(self, limits: StepLimits) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Request]]:
         """(rows, tokens and further blocks of each, requests preempted to make room for these)."""

@@ -46,7 +46,7 @@ class Curve:
         self._count += 1
         key = size.bit_length()
         group = self._groups.setdefault(key, deque(maxlen=REMEMBERED))
-        group.append((size, time_us))
+        group.append((size, max(1, time_us)))
         self._medians[key] = median_low([s for s, _ in group]), median_low([t for _, t in group])
         self._met[key] = self._count
         for old in [k for k, met in self._met.items() if self._count - met > FORGOTTEN_AFTER]:
@@ -109,9 +109,10 @@ class StepClock:
 
     def planned(self, step: Step, now_ns: int, is_oldest: bool) -> None:
         """``step`` goes out now; the worker begins it at once where nothing else is in flight."""
-        decodes = int(np.count_nonzero(step.num_tokens == 1))
-        step.shape = decodes, int(step.num_tokens.sum()) - decodes
-        step.predicted_us = self.predict_us(*step.shape)
+        decodes = int(np.count_nonzero(step.num_tokens == step.num_steps))
+        step.shape = decodes, int(step.num_tokens.sum()) - decodes * step.num_steps
+        one_us = self.predict_us(*step.shape)
+        step.predicted_us = None if one_us is None else one_us * step.num_steps
         if is_oldest:
             self._began_ns = now_ns
 
@@ -120,14 +121,15 @@ class StepClock:
         self._began_ns = now_ns
 
     def learn(self, step: Step, time_us: int) -> None:
-        """The worker says how long a good step took."""
+        """The worker says how long a good plan took."""
+        time_us //= step.num_steps
         decodes, chunk_tokens = step.shape
         if not chunk_tokens:
             self.decodes.measured(decodes, time_us)
             return
         beside_us = self.decodes.at(decodes) or 0.0         # unknown: counted in with the chunks
         least_us = LEAST_SHARE * time_us * chunk_tokens / (decodes + chunk_tokens)
-        self.chunks.measured(chunk_tokens, max(1, int(max(time_us - beside_us, least_us))))
+        self.chunks.measured(chunk_tokens, int(max(time_us - beside_us, least_us)))
 
     def predict_us(self, decodes: int, chunk_tokens: int) -> float | None:
         """A step with so many tokens of decoding requests and of chunks; None while nothing is known."""

@@ -1,4 +1,4 @@
-"""How many tokens and requests a step may hold, from what steps have cost so far.
+"""How many tokens, requests and decode steps a plan may hold, from what steps have cost so far.
 
 Owned by ``EngineCore``, which asks before each plan.  A number that the user gave stands; on
 a CPU the default is about 100 ms of work, and ``max_step_ms`` keeps every step below its
@@ -17,11 +17,12 @@ BOUNDED_START_TOKENS = 64    # ... and where a first step of that many could bre
 MOST_TOKENS = 8192
 LEAST_CHUNK = 32             # tokens of prompts in a step, however long it takes, ...
 BOUNDED_LEAST_CHUNK = 8      # ... and where the user gave a bound
+PLAN_US = 20_000             # of several decode steps in one plan
 DECODE_SHARE = 0.75          # of the user's bound that decodes may take; the rest is for prompts
 
 
 class TokenBudget:
-    """``num_tokens`` and ``num_rows`` of the next step."""
+    """``num_tokens``, ``num_rows`` and ``num_steps`` of the next plan."""
 
     def __init__(self, config: SchedulerConfig, clock: StepClock, on_cuda: bool) -> None:
         self._clock = clock
@@ -29,6 +30,7 @@ class TokenBudget:
         self._bound_us = None if config.max_step_ms is None else 1000 * config.max_step_ms
         if self._given is None and self._bound_us is None and on_cuda:
             self._given = CUDA_BUDGET
+        self._most_steps = config.max_decode_steps
         self._most = MOST_TOKENS if self._given is None else self._given
 
     def num_tokens(self, num_running: int) -> int:
@@ -48,6 +50,14 @@ class TokenBudget:
         if self._bound_us is None:
             return None
         return max(1, self._clock.decodes.largest_within(DECODE_SHARE * self._bound_us) or 1)
+
+    def num_steps(self, num_running: int) -> int:
+        """Most decode steps in one plan: what they gain, a request that arrives meanwhile waits for."""
+        if self._most_steps == 1 or not num_running:
+            return 1
+        step_us = self._clock.decodes.at(num_running)
+        most_us = PLAN_US if self._bound_us is None else min(PLAN_US, self._bound_us)
+        return 1 if step_us is None else max(1, min(self._most_steps, int(most_us / step_us)))
 
     def _decodes_us(self, num_running: int) -> float:
         return self._clock.decodes.at(num_running) or 0.0

@@ -29,7 +29,8 @@ class PlanColumns:
     grow_block_ids: np.ndarray  # int64 [k]
     req_idx: np.ndarray         # int64 [num_rows]
     num_computed: np.ndarray    # int64 [num_rows]
-    num_tokens: np.ndarray      # int64 [num_rows]
+    num_tokens: np.ndarray      # int64 [num_rows] in each of num_steps
+    num_steps: int
 
 
 @dataclass(slots=True)
@@ -58,8 +59,8 @@ def check_plan(plan: StepPlan, states: RequestStates) -> PlanColumns:
     _require(len(grow) % 2 == 0, "grow: not pairs of (req_idx, block_id)")
     grow = grow.reshape(-1, 2)
     _check_growth(grow, states, counts)
-    _check_rows(req_idx, num_computed, num_tokens, states, counts)
-    return PlanColumns(admissions, grow[:, 0], grow[:, 1], req_idx, num_computed, num_tokens)
+    _check_rows(req_idx, num_computed, num_tokens, plan.num_steps, states, counts)
+    return PlanColumns(admissions, grow[:, 0], grow[:, 1], req_idx, num_computed, num_tokens, plan.num_steps)
 
 
 def _counts(states: RequestStates, *, forget: bool) -> _Counts:
@@ -69,7 +70,6 @@ def _counts(states: RequestStates, *, forget: bool) -> _Counts:
 
 def _refuse_unknown_features(plan: StepPlan) -> None:
     _require(not (plan.num_drafts or plan.drafts), "drafts: this worker does not speculate")
-    _require(plan.num_steps == 1, "num_steps: this worker runs one a plan")
     _require(not plan.copies, "copies: this worker copies no blocks")
     _require(not plan.control, "control: this worker knows no control messages")
 
@@ -115,8 +115,9 @@ def _check_growth(grow: np.ndarray, states: RequestStates, counts: _Counts) -> N
     _require(int(counts.num_row_blocks[rows].max()) <= states.max_blocks, f"grow: a row of more than {states.max_blocks} blocks")
 
 
-def _check_rows(req_idx: np.ndarray, num_computed: np.ndarray, num_tokens: np.ndarray,
+def _check_rows(req_idx: np.ndarray, num_computed: np.ndarray, num_tokens: np.ndarray, num_steps: int,
                 states: RequestStates, counts: _Counts) -> None:
+    _require(1 <= num_steps <= states.max_model_len, f"num_steps: {num_steps}")
     if not len(req_idx):
         return
     _require(_within(req_idx, states.max_num_seqs), f"rows: a row is not in [0, {states.max_num_seqs})")
@@ -127,6 +128,9 @@ def _check_rows(req_idx: np.ndarray, num_computed: np.ndarray, num_tokens: np.nd
     _require(int(num_tokens.min()) >= 1, "num_tokens: below 1")
     end = num_computed + num_tokens
     _require(bool((end <= known).all()), "num_tokens: more than the row's known tokens")
+    if num_steps > 1:
+        _require(int(num_tokens.max()) == 1 and bool((end == known).all()), "num_steps: several of a row that does not decode")
+        end = end + num_steps - 1
     _require(bool((end <= counts.num_row_blocks[req_idx] * BLOCK_SIZE_TOKENS).all()), "num_tokens: beyond the row's blocks")
     _require(bool((end < states.max_model_len).all()), "rows: a row would sample beyond max_model_len")
 

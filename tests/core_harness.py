@@ -87,28 +87,33 @@ class Harness:
             self.plans.append(plan)
         return plan
 
-    def answer(self, status: StepStatus = StepStatus.OK, token: int | None = None, row_errors: list[tuple[int, int]] = (),
-               prompt_logprobs: PromptLogprobRows | None = None, took_us: int | None = None) -> None:
+    def answer(self, status: StepStatus = StepStatus.OK, token: int | list[int] | None = None,
+               row_errors: list[tuple[int, int]] = (), good_before: int = 0, prompt_logprobs: PromptLogprobRows | None = None,
+               took_us: int | None = None) -> None:
         """The result of the oldest plan: every row that samples gets ``token``, or counts up from 100.
 
-        ``took_us``: how long the worker says it took; the time that has really passed is the test's.
+        ``token``: one for all, or as many as the plan has steps; ``good_before``: tokens that rows with
+        an error gave before it.  ``took_us``: how long the worker says it took; the time that has
+        really passed is the test's.
         """
         plan = self.plans.pop(0)
         result = StepResult(1, 1, plan.step_id, status)
         if status is StepStatus.OK:
             step = self.core.steps[0]
             out = step.samples.copy()
-            out[[at for at, _ in row_errors]] = False
-            known = np.array([self._num_known(step, i) for i in range(len(out))])
-            values = 100 + known % 800 if token is None else np.full(len(out), token)
-            result = StepResult(1, 1, plan.step_id, status, i32_bytes(out.astype(np.int32)), i32_bytes(values[out]),
+            out[[at for at, _ in row_errors]] = good_before
+            values = [self._token(step, at, number, token) for at, count in enumerate(out) for number in range(count)]
+            result = StepResult(1, 1, plan.step_id, status, i32_bytes(out), i32_bytes(values),
                                 row_errors=i32_bytes([v for pair in row_errors for v in pair]) if row_errors else None,
                                 prompt_logprobs=prompt_logprobs, timings_us=None if took_us is None else i32_bytes([0, 0, 0, took_us]))
         self.now_ns += 1
         self.core.apply(result, self.now_ns)
 
-    def _num_known(self, step: Any, at: int) -> int:
-        return int(step.starts[at] + step.num_tokens[at])
+    def _token(self, step: Any, at: int, number: int, token: int | list[int] | None) -> int:
+        if token is not None:
+            return token if isinstance(token, int) else token[number]
+        position = int(step.starts[at] + step.num_tokens[at] - step.samples[at]) + 1 + number
+        return 100 + position % 800
 
     def step(self, **answer: Any) -> StepPlan | None:
         """One plan and one result; the plan, or the one answered where the window was full."""
