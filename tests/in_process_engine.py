@@ -58,7 +58,7 @@ class InProcessEngine:
     """One model and one core; ``generate`` runs requests as one batch."""
 
     def __init__(self, model: LoadedModel, *, max_model_len: int, num_blocks: int, **scheduler: Any) -> None:
-        config = SchedulerConfig(**scheduler)
+        config = SchedulerConfig(max_decode_steps=1, **scheduler)      # the logits of each step are kept
         spec, device = model.spec, torch.device("cpu")
         kv = KVCache(spec, num_blocks, spec.dtype, device)
         for tensor in (*kv.key, *kv.value):
