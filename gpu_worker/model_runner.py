@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.draft_check import accept
 from gpu_worker.input_batch import InputBatch, build_batch, logits_indices
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.logit_changes import SamplingRows
-from gpu_worker.logprobs import Logprobs, joined, logprobs_of
+from gpu_worker.logprobs import joined, logprobs_of
 from gpu_worker.models.spec import LoadedModel
 from gpu_worker.plan_check import BadPlan, PlanColumns, check_plan
 from gpu_worker.request_states import RequestStates
@@ -74,13 +75,12 @@ class ModelRunner:
         times_s, rounds, prompt_logprobs = np.zeros(3), [], None
         for _ in range(columns.num_steps):
             began = time.perf_counter()
-            batch = build_batch(columns.req_idx, columns.num_tokens, self.states, self.buckets)
+            batch = build_batch(columns.req_idx, columns.num_tokens, columns.num_drafts, self.states, self.buckets)
             built = time.perf_counter()
             hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self.kv)
             forwarded = time.perf_counter()
             prompt_logprobs = prompt_logprobs or self._prompt_logprobs(batch, hidden)
             rounds.append(self._sample(batch, hidden))
-            self.states.advance(batch.req_idx, batch.num_new)
             times_s += (built - began, forwarded - built, time.perf_counter() - forwarded)
         output = output_columns(rounds, len(columns.req_idx))
         total_s = time.perf_counter() - started
@@ -94,23 +94,29 @@ class ModelRunner:
         for admission, lists in columns.admissions:
             self.states.admit(admission, lists)
         self.states.grow(columns.grow_req_idx, columns.grow_block_ids)
+        if len(columns.drafts):
+            self.states.write_drafts(columns.req_idx, columns.num_drafts, columns.drafts)
 
     def _sample(self, batch: InputBatch, hidden: Tensor) -> Samples:
-        """Of the rows that sample; their tokens enter the tables."""
+        """Of the rows that sample; the tables now hold this step's K/V and tokens."""
         if not len(batch.sampling):
+            self.states.advance(batch.req_idx, batch.num_new)
             nothing = torch.zeros(0, dtype=torch.int64, device=hidden.device)
             return Samples(batch.sampling, nothing, nothing, batch.sampling, None)
         logits = self.model.compute_logits(hidden.index_select(0, batch.logits_indices))
         rows = self._sampling_rows(batch)
         sampled = sample(logits, rows)
+        if batch.num_drafts.any():
+            counts, token_ids = accept(sampled, batch, self.states)
+            kept = torch.from_numpy(np.flatnonzero(counts)).to(logits.device)
+            return _samples(logits[kept], batch.sampling[counts], token_ids[kept], sampled.errors[kept], rows.params["logprobs"][counts])
         appended = self.states.append(rows.req_idx, sampled.token_ids, sampled.errors != 0)
-        num_best = rows.params["logprobs"]
-        asked = np.flatnonzero(num_best >= 0)
-        return Samples(batch.sampling, appended, sampled.errors, asked, _logprobs_of(logits, appended, num_best, asked))
+        self.states.advance(batch.req_idx, batch.num_new)
+        return _samples(logits, batch.sampling, appended, sampled.errors, rows.params["logprobs"])
 
     def _sampling_rows(self, batch: InputBatch) -> SamplingRows:
         states, req_idx = self.states, batch.req_idx[batch.sampling]
-        return SamplingRows(req_idx, states.num_tokens[req_idx], states.prompt_len[req_idx], states.params[req_idx],
+        return SamplingRows(req_idx, states.num_tokens[req_idx] + batch.sample_number, states.prompt_len[req_idx], states.params[req_idx],
                             [states.lists[row] for row in req_idx.tolist()], states.token_ids)
 
     def _prompt_logprobs(self, batch: InputBatch, hidden: Tensor) -> PromptLogprobRows | None:
@@ -137,11 +143,13 @@ class ModelRunner:
             i32_bytes(found.ids), f32_bytes(found.values), i32_bytes(found.ranks))
 
 
-def _logprobs_of(logits: Tensor, token_ids: Tensor, num_best: np.ndarray, asked: np.ndarray) -> Logprobs | None:
-    if not len(asked):
-        return None
-    place = torch.from_numpy(asked).to(logits.device)
-    return logprobs_of(logits[place], token_ids[place], num_best[asked], int(num_best[asked].max()))
+def _samples(logits: Tensor, batch_idx: np.ndarray, token_ids: Tensor, errors: Tensor, num_best: np.ndarray) -> Samples:
+    """With the logprobs that were asked for; ``logits`` [at least n, vocab_size]."""
+    asked, logprobs = np.flatnonzero(num_best >= 0), None
+    if len(asked):
+        place = torch.from_numpy(asked).to(logits.device)
+        logprobs = logprobs_of(logits[place], token_ids[place], num_best[asked], int(num_best[asked].max()))
+    return Samples(batch_idx, token_ids, errors, asked, logprobs)
 
 
 def _status_of(error: Exception) -> StepStatus:

@@ -108,7 +108,7 @@ def test_timings_cover_all_steps(model: LoadedModel) -> None:
 
 @pytest.mark.parametrize(("rows", "num_steps", "text"), [
     ({0: 1}, 0, "num_steps: 0"), ({0: 1}, -1, "num_steps: -1"), ({0: 1}, 10**6, "num_steps: 1000000"),
-    ({1: 2}, 2, "num_steps: several of a row that does not decode"), ({1: 1}, 2, "num_steps: several of a row that does not decode"),
+    ({1: 2}, 2, "of a row that does not decode"), ({1: 1}, 2, "of a row that does not decode"),
     ({0: 1}, 128 - 32, "max_model_len"), ({2: 1}, 2, "beyond the row's blocks")])
 def test_plans_that_contradict_the_tables(model: LoadedModel, rows: dict[int, int], num_steps: int, text: str) -> None:
     """Row 0 has 33 tokens in four blocks; row 1 a prompt half computed; row 2 one position left in its block."""
