@@ -15,9 +15,11 @@ from core_proc.admission_check import read_request
 from core_proc.block_pool import BlockPool
 from core_proc.channel import Channel
 from core_proc.delivery import PromptRows, deliver, deliver_again
+from core_proc.drafts import DraftSource, NoDrafts
 from core_proc.kv_cache_manager import KVCacheManager
 from core_proc.live_requests import LiveRequests
 from core_proc.memory_pressure import MemoryPressure
+from core_proc.ngram_drafts import NgramDrafts
 from core_proc.plan_builder import build_plan
 from core_proc.request import Request, RequestStatus
 from core_proc.request_queue import create_request_queue
@@ -37,6 +39,7 @@ from protocol.sampling_params import MAX_N, BadRequest
 from protocol.steps import StepPlan, StepResult, StepStatus, WorkerReady
 
 log = logging.getLogger(__name__)
+LONG_STEP_US = 5_000         # ten times what a result and the next plan take on their way
 
 
 class EngineCore:
@@ -51,9 +54,9 @@ class EngineCore:
         self.rows = RequestRows(max_num_seqs, ready.max_model_len, config.block_size)
         self.kv = KVCacheManager(BlockPool(ready.num_blocks), self.rows, config.block_size)
         self.live = LiveRequests(self.rows, self.kv, create_request_queue(config.scheduling_policy), self.steps)
-        self.scheduler: SchedulerInterface = Scheduler(self.live, int(config.watermark * ready.num_blocks))
         self.suspects = Suspects()
         self.clock = StepClock()
+        self.scheduler: SchedulerInterface = Scheduler(self.live, int(config.watermark * ready.num_blocks), self._drafts(config))
         self.budget = TokenBudget(config, self.clock, on_cuda="cuda" in ready.capabilities)
         self.memory = MemoryPressure(self.budget.num_tokens(0))
         self.stats = Stats()
@@ -63,6 +66,11 @@ class EngineCore:
         self._step_id = 0
         self._restart_after: int | None = None
         self._nothing_to_plan = False                      # until a message or a result changes something
+
+    def _drafts(self, config: SchedulerConfig) -> DraftSource:
+        if config.speculative == "none":
+            return NoDrafts()
+        return NgramDrafts(self.live, self.clock, config.num_speculative_tokens, config.prompt_lookup_max, config.prompt_lookup_min)
 
     # --- frontends -------------------------------------------------------------------------
 
@@ -169,8 +177,15 @@ class EngineCore:
         return self.clock.next_plan_ns(self.steps) if self._has_place() else None
 
     def _has_place(self) -> bool:
-        window = self.window if self.suspects.on_trial() is None else 1
-        return len(self.steps) < window and len(self.live) > 0 and not self._nothing_to_plan
+        return len(self.steps) < self._window() and len(self.live) > 0 and not self._nothing_to_plan
+
+    def _window(self) -> int:
+        """Steps in flight; one where a second would be without requests that need the result of the first,
+        and waiting for that costs little."""
+        if self.suspects.on_trial() is not None:
+            return 1
+        is_long = self.steps and (self.steps[0].predicted_us or 0.0) > LONG_STEP_US
+        return 1 if is_long and self.scheduler.some_need_their_samples() else self.window
 
     def schedule(self, now_ns: int) -> StepPlan | None:
         """The next plan; None if nothing can run before a result comes."""

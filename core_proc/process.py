@@ -187,7 +187,7 @@ class CoreProcess:
             "running": len(core.live.running), "waiting": len(core.live.waiting),
             "used_blocks": core.kv.pool.num_blocks - core.kv.num_free, "steps_done": stats.steps_done,
             "tokens": stats.tokens, "computed_tokens": stats.computed_tokens, "cached_tokens": core.live.num_cached_tokens,
-            "preemptions": stats.preemptions}
+            "preemptions": stats.preemptions, "draft_tokens": stats.draft_tokens, "accepted_tokens": stats.accepted_tokens}
         for name, value in values.items():
             self.page.set(name, value)
 

@@ -25,12 +25,14 @@ class ScheduledStep:
 
     rows: np.ndarray             # i32[R] req_idx
     starts: np.ndarray           # i32[R] tokens computed before
-    num_tokens: np.ndarray       # i32[R] in each of ``num_steps``
+    num_tokens: np.ndarray       # i32[R] in each of ``num_steps``, drafts counted
     samples: np.ndarray          # bool[R]
     grow: np.ndarray             # i32[k, 2] (req_idx, block_id) of requests admitted earlier
     admitted: list[Request]
     preempted: list[Request]
     num_steps: int = 1           # more only where every entry is a plain decode
+    num_drafts: np.ndarray | None = None     # i32[R]; None: no drafts at all
+    drafts: np.ndarray | None = None         # i32[sum(num_drafts)] entry after entry
 
 
 @dataclass(slots=True)
@@ -44,6 +46,7 @@ class Step:
     num_tokens: np.ndarray           # i32[R] tokens of this plan, of all its steps
     samples: np.ndarray              # i32[R] tokens that the row samples, at most
     num_steps: int = 1
+    num_drafts: np.ndarray | None = None     # i32[R]
     dead: bool = False               # it, or one before it, failed: its result will be ``skipped``
     shape: tuple[int, int] = (0, 0)  # of one of its steps: tokens of decoding requests, tokens of chunks
     predicted_us: float | None = None                            # by ``StepClock``, as is ``shape``; None: it cannot say
@@ -52,9 +55,10 @@ class Step:
     @classmethod
     def of(cls, step_id: int, scheduled: ScheduledStep, serials: np.ndarray) -> Step:
         """What to remember of a step that was decided."""
-        num_steps = scheduled.num_steps
+        num_steps, num_drafts = scheduled.num_steps, scheduled.num_drafts
+        samples = scheduled.samples * np.int32(num_steps)
         return cls(step_id, scheduled.rows, serials, scheduled.starts, scheduled.num_tokens * num_steps,
-                   scheduled.samples * np.int32(num_steps), num_steps)
+                   samples if num_drafts is None else samples + num_drafts, num_steps, num_drafts)
 
     def note_departure(self, request: Request) -> None:
         """``request`` is about to leave its row; its late tokens must still find it."""

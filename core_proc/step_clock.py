@@ -73,6 +73,10 @@ class Curve:
             return times[-1] + self._slope() * (size - sizes[-1])
         return times[i - 1] + (times[i] - times[i - 1]) * (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
 
+    def measured_at(self, size: int) -> float | None:
+        """The same, where steps of about that size have been measured."""
+        return self.at(size) if size.bit_length() in self._groups else None
+
     def largest_within(self, time_us: float) -> int | None:
         """The largest size that takes at most ``time_us``; None while nothing is known.
 
@@ -109,7 +113,8 @@ class StepClock:
 
     def planned(self, step: Step, now_ns: int, is_oldest: bool) -> None:
         """``step`` goes out now; the worker begins it at once where nothing else is in flight."""
-        decodes = int(np.count_nonzero(step.num_tokens == step.num_steps))
+        drafts = 0 if step.num_drafts is None else step.num_drafts
+        decodes = int(np.count_nonzero(step.num_tokens - drafts == step.num_steps)) + int(np.sum(drafts))
         step.shape = decodes, int(step.num_tokens.sum()) - decodes * step.num_steps
         one_us = self.predict_us(*step.shape)
         step.predicted_us = None if one_us is None else one_us * step.num_steps

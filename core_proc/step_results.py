@@ -54,6 +54,8 @@ class StepTokens:
         num_out = i32_column(result.num_out, len(step.rows), "num_out")
         errors = dict(i32_column(result.row_errors).reshape(-1, 2).tolist())
         wrong = num_out != step.samples
+        if step.num_drafts is not None:
+            wrong &= (step.num_drafts == 0) | (num_out < 1) | (num_out > step.samples)
         for at in errors:                   # what came before the error counts
             if not 0 <= at < len(wrong):
                 raise BadResult(f"step {step.step_id}: an error of entry {at}, which it does not have")
@@ -70,7 +72,7 @@ def settle(live: LiveRequests, suspects: Suspects, step: Step, result: StepResul
     tokens = StepTokens.read(step, result)
     here = columns.serial[step.rows] == step.serials
     gained = here & (tokens.num_out > 0)
-    _count_in(live, suspects, step, here)
+    _count_in(live, suspects, step, here, tokens)
     outcome = Outcome(rows=step.rows[gained])
     is_first = columns.num_tokens[outcome.rows] == columns.prompt_len[outcome.rows]
     outcome.first_tokens = [columns.request[row] for row in outcome.rows[is_first]]
@@ -95,12 +97,16 @@ def settle(live: LiveRequests, suspects: Suspects, step: Step, result: StepResul
     return outcome
 
 
-def _count_in(live: LiveRequests, suspects: Suspects, step: Step, here: np.ndarray) -> None:
-    """The step is no longer under way; its tokens are confirmed."""
+def _count_in(live: LiveRequests, suspects: Suspects, step: Step, here: np.ndarray, tokens: StepTokens) -> None:
+    """The step is no longer under way; its tokens are confirmed, but for drafts that were rejected."""
     columns, rows = live.rows, step.rows[here]
     columns.steps[rows] -= 1
     columns.in_flight[rows] -= step.samples[here]
     columns.num_applied[rows] += step.num_tokens[here]
+    if step.num_drafts is not None:
+        rejected = np.where(step.num_drafts > 0, step.samples - tokens.num_out, 0)[here]
+        columns.num_applied[rows] -= rejected
+        columns.num_computed[rows] -= rejected
     further = columns.num_applied[rows] > columns.highest[rows]
     columns.highest[rows] = np.maximum(columns.highest[rows], columns.num_applied[rows])
     if suspects.any:

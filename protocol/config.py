@@ -50,6 +50,14 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     watermark: Annotated[float, _doc("share of KV blocks that an admission leaves free while others run", ge=0.0, le=0.5)] = 0.01
     window: Annotated[int, _doc("steps in flight; the second goes out when the first is about to end", ge=1, le=2)] = 2
     max_num_queued_reqs: Annotated[int, _doc("most waiting requests; more are refused", ge=1)] = 10_000
+    speculative: Annotated[Literal["none", "ngram"], _doc("guess tokens that are checked in one step; ngram: by what followed the same tokens earlier in the request")] = "none"
+    num_speculative_tokens: Annotated[int, _doc("most tokens guessed at once for a request", ge=1, le=64)] = 7
+    prompt_lookup_max: Annotated[int, _doc("most tokens that must have stood together before", ge=1, le=32)] = 4
+    prompt_lookup_min: Annotated[int, _doc("fewest tokens that must have stood together before", ge=1, le=32)] = 2
+
+    def __post_init__(self) -> None:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(f"prompt_lookup_min: was {self.prompt_lookup_min}; allowed: at most prompt_lookup_max = {self.prompt_lookup_max}")
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
