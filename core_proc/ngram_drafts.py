@@ -58,7 +58,7 @@ class NgramDrafts(DraftSource):
         if not count.any() or not self._pays(rows, count):
             return step
         count, grow = self._reserve(rows, count)
-        return self._written(step, at, count, source, grow)
+        return self._written(step, at, count, source, grow) if count.any() else step
 
     def _look(self, rows: np.ndarray) -> None:
         """How good the last guesses were, once the tokens are known; and who is new."""

@@ -59,7 +59,7 @@ class StepTokens:
         for at in errors:                   # what came before the error counts
             if not 0 <= at < len(wrong):
                 raise BadResult(f"step {step.step_id}: an error of entry {at}, which it does not have")
-            wrong[at] = not 0 <= num_out[at] < step.samples[at]
+            wrong[at] = not 0 <= num_out[at] < max(1, step.samples[at])
         if wrong.any():
             raise BadResult(f"step {step.step_id}: other tokens than those that it samples")
         ids = i32_column(result.token_ids, int(num_out.sum()), "token_ids")
