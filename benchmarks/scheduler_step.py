@@ -63,9 +63,10 @@ class Bench:
         first_s = time.perf_counter() - started_s
         samples = self.core.steps[-1].samples
         ids = np.random.default_rng(plan.step_id).integers(0, NEVER - 1, int(samples.sum()), dtype=np.int32)
-        num_out = samples.astype(np.int32)
+        num_out = samples
         started_s = time.perf_counter()
-        frame = to_core.encode(StepResult(1, 1, plan.step_id, StepStatus.OK, i32_bytes(num_out), i32_bytes(ids)))
+        frame = to_core.encode(StepResult(1, 1, plan.step_id, StepStatus.OK, i32_bytes(num_out), i32_bytes(ids),
+                                            timings_us=i32_bytes([100, 40_000, 900, 41_000])))
         self.core.apply(to_core.decode(frame), self.now_ns)
         for _, message in self.core.take_outputs():
             to_frontend.decode(to_frontend.encode(message))

@@ -45,6 +45,7 @@ class Channel:
         self._received_seq = max(self._received_seq, message.channel_seq)
         if isinstance(message, Heartbeat):
             self._forget(lambda seq, _when: seq <= message.received_seq)
+            self._owes_heartbeat |= message.received_seq < self._sent_seq      # it may have lost the last one
         else:
             self._owes_heartbeat = True
         if gap:

@@ -58,7 +58,8 @@ def _send_rows(live: LiveRequests, channel: Channel, rows: np.ndarray, parts: Pr
     if (count == 1).all():
         token_ids = columns.tokens[rows, sent]
     else:
-        token_ids = np.concatenate([columns.tokens[r, s:k] for r, s, k in zip(rows, sent, known, strict=True)])
+        position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - sent, count)
+        token_ids = columns.tokens[np.repeat(rows, count), position]
     cached = np.full(len(rows), -1, np.int32)
     for i in np.flatnonzero(sent == prompt_len):
         cached[i] = columns.request[rows[i]].num_cached_tokens

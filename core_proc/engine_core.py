@@ -15,19 +15,23 @@ from core_proc.admission_check import read_request
 from core_proc.block_pool import BlockPool
 from core_proc.channel import Channel
 from core_proc.delivery import PromptRows, deliver, deliver_again
+from core_proc.drafts import DraftSource, NoDrafts
 from core_proc.kv_cache_manager import KVCacheManager
 from core_proc.live_requests import LiveRequests
 from core_proc.memory_pressure import MemoryPressure
+from core_proc.ngram_drafts import NgramDrafts
 from core_proc.plan_builder import build_plan
 from core_proc.request import Request, RequestStatus
 from core_proc.request_queue import create_request_queue
 from core_proc.request_rows import RequestRows
-from core_proc.scheduler import Scheduler, SchedulerInterface, StepLimits
+from core_proc.scheduler import Scheduler, SchedulerInterface
 from core_proc.stats import Stats
-from core_proc.step import Step
+from core_proc.step import Step, StepLimits
+from core_proc.step_clock import StepClock
 from core_proc.step_results import BadResult, settle
 from core_proc.stop_conditions import check_request
 from core_proc.suspects import Suspects
+from core_proc.token_budget import TokenBudget
 from protocol.codec import i32_column
 from protocol.config import SchedulerConfig
 from protocol.messages import Abort, Accepted, Add, EngineReady, EventKind, Finish, Rejected, Sync
@@ -35,32 +39,38 @@ from protocol.sampling_params import MAX_N, BadRequest
 from protocol.steps import StepPlan, StepResult, StepStatus, WorkerReady
 
 log = logging.getLogger(__name__)
-CPU_DEFAULTS = {"window": 1, "max_num_batched_tokens": 512}       # a step takes 60–100 ms, a plan 0.3
-CUDA_DEFAULTS = {"window": 2, "max_num_batched_tokens": 2048}
+LONG_STEP_US = 5_000         # ten times what a result and the next plan take on their way
 
 
 class EngineCore:
     """One engine, from its worker's handshake on."""
 
     def __init__(self, config: SchedulerConfig, ready: WorkerReady) -> None:
-        defaults = CUDA_DEFAULTS if "cuda" in ready.capabilities else CPU_DEFAULTS
         self.config, self.ready = config, ready
-        self.window = config.window or defaults["window"]
+        self.window = config.window
         self.max_model_len = ready.max_model_len
         self.steps: deque[Step] = deque()                  # in flight
         max_num_seqs = min(config.max_num_seqs, ready.max_num_seqs)
         self.rows = RequestRows(max_num_seqs, ready.max_model_len, config.block_size)
         self.kv = KVCacheManager(BlockPool(ready.num_blocks), self.rows, config.block_size)
         self.live = LiveRequests(self.rows, self.kv, create_request_queue(config.scheduling_policy), self.steps)
-        self.scheduler: SchedulerInterface = Scheduler(self.live, int(config.watermark * ready.num_blocks))
-        self.memory = MemoryPressure(config.max_num_batched_tokens or defaults["max_num_batched_tokens"])
         self.suspects = Suspects()
+        self.clock = StepClock()
+        self.scheduler: SchedulerInterface = Scheduler(self.live, int(config.watermark * ready.num_blocks), self._drafts(config))
+        self.budget = TokenBudget(config, self.clock, on_cuda="cuda" in ready.capabilities)
+        self.memory = MemoryPressure(self.budget.num_tokens(0))
         self.stats = Stats()
         self.channels: dict[int, Channel] = {}             # by index
         self._by_routing_id: dict[bytes, Channel] = {}
         self._next_channel = 0
         self._step_id = 0
         self._restart_after: int | None = None
+        self._nothing_to_plan = False                      # until a message or a result changes something
+
+    def _drafts(self, config: SchedulerConfig) -> DraftSource:
+        if config.speculative == "none":
+            return NoDrafts()
+        return NgramDrafts(self.live, self.clock, config.num_speculative_tokens, config.prompt_lookup_max, config.prompt_lookup_min)
 
     # --- frontends -------------------------------------------------------------------------
 
@@ -83,6 +93,7 @@ class EngineCore:
         if channel is None:
             return
         del self.channels[channel.index]
+        self._nothing_to_plan = False
         for request in channel.streams.values():
             if request.status is not RequestStatus.FINISHED:
                 self._end(request, Finish.ABORT)
@@ -94,6 +105,7 @@ class EngineCore:
             log.warning("a message from %r, which has not said Hello", routing_id)
             return
         channel.received(message, now_ns)
+        self._nothing_to_plan = False
         match message:
             case Add():
                 self._add(channel, message, now_ns)
@@ -156,9 +168,24 @@ class EngineCore:
 
     # --- the worker ------------------------------------------------------------------------
 
-    def wants_plan(self) -> bool:
-        window = self.window if self.suspects.on_trial() is None else 1
-        return len(self.steps) < window and len(self.live) > 0
+    def wants_plan(self, now_ns: int) -> bool:
+        return self._has_place() and now_ns >= self.clock.next_plan_ns(self.steps)
+
+    @property
+    def next_timer_ns(self) -> int | None:
+        """When ``wants_plan`` turns true by itself; None: only a message or a result can make it."""
+        return self.clock.next_plan_ns(self.steps) if self._has_place() else None
+
+    def _has_place(self) -> bool:
+        return len(self.steps) < self._window() and len(self.live) > 0 and not self._nothing_to_plan
+
+    def _window(self) -> int:
+        """Steps in flight; one where a second would be without requests that need the result of the first,
+        and waiting for that costs little."""
+        if self.suspects.on_trial() is not None:
+            return 1
+        is_long = self.steps and (self.steps[0].predicted_us or 0.0) > LONG_STEP_US
+        return 1 if is_long and self.scheduler.some_need_their_samples() else self.window
 
     def schedule(self, now_ns: int) -> StepPlan | None:
         """The next plan; None if nothing can run before a result comes."""
@@ -166,25 +193,32 @@ class EngineCore:
         if only is not None:    # the others wait without blocks: one that kept them could starve a small pool
             for request in [r for r in self.live.running if r not in only]:
                 self._preempted(request, now_ns, moved=False)
-        cap = self.rows.max_num_seqs if self.memory.row_cap is None else self.memory.row_cap
-        limits = StepLimits(self.memory.budget, cap, only)
+        limits = self._limits(only)
         scheduled = self.scheduler.schedule(limits)
         for request in scheduled.preempted:
             self._preempted(request, now_ns)
         if not len(scheduled.rows) and scheduled.preempted:
             scheduled = self.scheduler.schedule(limits)    # with room now
-        if not len(scheduled.rows):
+        self._nothing_to_plan = not len(scheduled.rows)
+        if self._nothing_to_plan:
             return None
         for request in scheduled.admitted:
             self._event(request, EventKind.ADMITTED, now_ns)
         self._step_id += 1
-        step = Step(self._step_id, scheduled.rows, self.rows.serial[scheduled.rows], scheduled.starts,
-                    scheduled.num_tokens, scheduled.samples)
+        step = Step.of(self._step_id, scheduled, self.rows.serial[scheduled.rows])
         plan = build_plan(self.ready.epoch, self.ready.gen, step, scheduled, self.live, self._restart_after)
         self._restart_after = None
+        self.clock.planned(step, now_ns, is_oldest=not self.steps)
         self.steps.append(step)
         self.stats.steps_scheduled += 1
         return plan
+
+    def _limits(self, only: frozenset[Request] | None) -> StepLimits:
+        num_running = len(self.live.running)
+        caps = [cap for cap in (self.memory.row_cap, self.budget.num_rows()) if cap is not None]
+        return StepLimits(
+            num_tokens=self.memory.bound(self.budget.num_tokens(num_running)), num_rows=min(caps, default=self.rows.max_num_seqs),
+            only=only, num_steps=1 if self.suspects.any else self.budget.num_steps(num_running))
 
     def apply(self, result: StepResult, now_ns: int) -> None:
         """Raises BadResult where the worker and we contradict each other."""
@@ -193,6 +227,8 @@ class EngineCore:
         if not self.steps or self.steps[0].step_id != result.step_id:
             raise BadResult(f"the result of step {result.step_id} was not the next one due")
         step = self.steps.popleft()
+        self._nothing_to_plan = False
+        self.clock.ended(now_ns)
         if step.dead:
             if result.status is not StepStatus.SKIPPED:
                 raise BadResult(f"step {step.step_id} ran after a failed one")
@@ -203,6 +239,8 @@ class EngineCore:
 
     def _succeeded(self, step: Step, result: StepResult, now_ns: int) -> None:
         self.memory.step_succeeded()
+        if result.timings_us is not None:
+            self.clock.learn(step, int(i32_column(result.timings_us)[-1]))
         outcome = settle(self.live, self.suspects, step, result)
         self.stats.step_done(step, result)
         for request in outcome.first_tokens:
@@ -221,7 +259,7 @@ class EngineCore:
         self.stats.steps_failed += 1
         culprits = self._carried_further(step)
         for other in self.steps:
-            other.dead = True
+            other.dead, other.predicted_us = True, 0.0
         self.live.forget_steps()
         self._restart_after = step.step_id
         if result.status is StepStatus.FAILED_INTERNAL:

@@ -2,7 +2,7 @@
 
 Owned by ``EngineCore``.  The budget halves down to one token; then the youngest request
 goes and no row comes; a request fails only alone with one token.  After eight good steps
-in a row everything is as before.
+in a row nothing is bounded any more.
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ class MemoryPressure:
     """``budget`` and ``row_cap`` bound the next step."""
 
     def __init__(self, budget: int) -> None:
-        self._whole = self.budget = budget     # tokens
+        self._whole = self.budget = budget     # tokens: what is wanted, and what a step gets
+        self._most: int | None = None          # tokens under pressure; None: no bound of ours
         self.row_cap: int | None = None        # most running requests; None: no bound of ours
         self._good_steps = 0
+
+    def bound(self, budget: int) -> int:
+        """What a step that is to have ``budget`` tokens gets."""
+        self._whole = budget
+        self.budget = budget if self._most is None else min(budget, self._most)
+        return self.budget
 
     def step_succeeded(self) -> None:
         self._good_steps += 1
@@ -27,10 +34,10 @@ class MemoryPressure:
         """True if the youngest running request has to go: preempted, or failed if it is alone."""
         self._good_steps = 0
         if self.budget > 1:
-            self.budget = max(1, self.budget // 2)
+            self.budget = self._most = self.budget // 2
             return False
         self.row_cap = max(1, num_running - 1)
         return True
 
     def reset(self) -> None:
-        self.budget, self.row_cap, self._good_steps = self._whole, None, 0
+        self.budget, self._most, self.row_cap, self._good_steps = self._whole, None, None, 0

@@ -9,8 +9,7 @@ import numpy as np
 
 from core_proc.live_requests import LiveRequests
 from core_proc.request import Request
-from core_proc.scheduler import ScheduledStep
-from core_proc.step import Step
+from core_proc.step import ScheduledStep, Step
 from protocol.codec import i32_bytes
 from protocol.steps import Admission, StepPlan
 
@@ -24,7 +23,9 @@ def build_plan(epoch: int, gen: int, step: Step, scheduled: ScheduledStep, live:
         admitted, grow = live.running, np.empty((0, 2), np.int32)
     return StepPlan(
         epoch, gen, step.step_id, restart_after, [_admission(live, request, starts) for request in admitted],
-        i32_bytes(grow), i32_bytes(step.rows), i32_bytes(step.starts), i32_bytes(step.num_tokens))
+        i32_bytes(grow), i32_bytes(step.rows), i32_bytes(step.starts), i32_bytes(scheduled.num_tokens), num_steps=step.num_steps,
+        num_drafts=None if scheduled.num_drafts is None else i32_bytes(scheduled.num_drafts),
+        drafts=None if scheduled.drafts is None else i32_bytes(scheduled.drafts))
 
 
 def _admission(live: LiveRequests, request: Request, starts: dict[int, int]) -> Admission:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import sys
 import time
 from collections import deque
@@ -57,9 +58,7 @@ class CoreProcess:
             poller.register(source, zmq.POLLIN)
         self.page.set("state", State.READY)
         while True:
-            waits = bool(self.unsent or self.unsent_plans)
-            sleep_s = min(self.next_tick_s - time.monotonic(), RETRY_S if waits else TICK_S)
-            poller.poll(max(0.0, 1000 * sleep_s))
+            poller.poll(self._sleep_ms())
             if any(isinstance(m, Drain) for m in self.context.lifeline.receive()) or self.context.lifeline.parent_gone:
                 return 0
             if not self._from_workers():
@@ -68,6 +67,15 @@ class CoreProcess:
             self._send_plans()
             self._tick()
             self._send_outputs()
+
+    def _sleep_ms(self) -> int:
+        """Until the next timer at most; rounded up, for a timer that is not yet due would be asked again and again."""
+        waits = bool(self.unsent or self.unsent_plans)
+        sleep_s = min(self.next_tick_s - time.monotonic(), RETRY_S if waits else TICK_S)
+        timer_ns = None if self.core is None else self.core.next_timer_ns
+        if timer_ns is not None:
+            sleep_s = min(sleep_s, (timer_ns - time.time_ns()) / 1e9)
+        return max(0, math.ceil(1000 * sleep_s))
 
     def close(self) -> None:
         self.frontends.close()
@@ -137,7 +145,7 @@ class CoreProcess:
         gc.freeze()
 
     def _send_plans(self) -> None:
-        while self.core is not None and self.core.wants_plan():
+        while self.core is not None and self.core.wants_plan(time.time_ns()):
             plan = self.core.schedule(time.time_ns())
             if plan is None:
                 break
@@ -179,7 +187,7 @@ class CoreProcess:
             "running": len(core.live.running), "waiting": len(core.live.waiting),
             "used_blocks": core.kv.pool.num_blocks - core.kv.num_free, "steps_done": stats.steps_done,
             "tokens": stats.tokens, "computed_tokens": stats.computed_tokens, "cached_tokens": core.live.num_cached_tokens,
-            "preemptions": stats.preemptions}
+            "preemptions": stats.preemptions, "draft_tokens": stats.draft_tokens, "accepted_tokens": stats.accepted_tokens}
         for name, value in values.items():
             self.page.set(name, value)
 

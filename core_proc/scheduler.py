@@ -8,36 +8,16 @@ Decides only; ``LiveRequests`` moves requests, ``KVCacheManager`` moves blocks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import numpy as np
 
+from core_proc.drafts import DraftSource
 from core_proc.live_requests import LiveRequests
 from core_proc.request import Request
+from core_proc.run_ahead import run_ahead
+from core_proc.step import ScheduledStep, StepLimits
 
 MAX_PASSED_OVER = 64         # waiting requests looked at behind one that cannot go yet
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """What the next step may hold."""
-
-    num_tokens: int                          # budget
-    num_rows: int                            # most running requests
-    only: frozenset[Request] | None = None   # suspects under trial: nobody else may run
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledStep:
-    """Entries in the plan's order: decodes first, then prefill chunks."""
-
-    rows: np.ndarray             # i32[R] req_idx
-    starts: np.ndarray           # i32[R] tokens computed before
-    num_tokens: np.ndarray       # i32[R]
-    samples: np.ndarray          # bool[R]
-    grow: np.ndarray             # i32[k, 2] (req_idx, block_id) of requests admitted earlier
-    admitted: list[Request]
-    preempted: list[Request]
 
 
 class SchedulerInterface(ABC):
@@ -47,13 +27,18 @@ class SchedulerInterface(ABC):
     def schedule(self, limits: StepLimits) -> ScheduledStep:
         """The next step; its ``rows`` may be empty.  Counters, rows and blocks have been moved for it."""
 
+    @abstractmethod
+    def some_need_their_samples(self) -> bool:
+        """Whether running requests are left out of the next step until a result comes."""
+
 
 class Scheduler(SchedulerInterface):
     """Running requests first, in the total order; then the waiting ones, as far as everything lasts."""
 
-    def __init__(self, live: LiveRequests, watermark_blocks: int) -> None:
+    def __init__(self, live: LiveRequests, watermark_blocks: int, drafts: DraftSource) -> None:
         self.live = live
         self.watermark_blocks = watermark_blocks
+        self.drafts = drafts
 
     def schedule(self, limits: StepLimits) -> ScheduledStep:
         rows, num_tokens, missing, preempted = self._plan_running(limits)
@@ -67,7 +52,15 @@ class Scheduler(SchedulerInterface):
             rows, num_tokens, starts, samples = (
                 np.concatenate(pair) for pair in zip((rows, num_tokens, starts, samples), columns, strict=True))
         order = np.argsort(num_tokens > 1, kind="stable")
-        return ScheduledStep(rows[order], starts[order], num_tokens[order], samples[order], grow, admitted, preempted)
+        step = ScheduledStep(rows[order], starts[order], num_tokens[order], samples[order], grow, admitted, preempted)
+        step = self.drafts.add_to(step, limits)
+        return step if np.any(self.drafts.speculating(step.rows)) else run_ahead(self.live, step, limits.num_steps)
+
+    def some_need_their_samples(self) -> bool:
+        return bool(np.any(self._needing_samples(self.live.order)))
+
+    def _needing_samples(self, rows: np.ndarray) -> np.ndarray:
+        return self.drafts.speculating(rows) & (self.live.rows.in_flight[rows] > 0)
 
     def _plan_running(self, limits: StepLimits) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Request]]:
         """(rows, tokens and further blocks of each, requests preempted to make room for these)."""
@@ -77,7 +70,7 @@ class Scheduler(SchedulerInterface):
             rows = np.array([r.req_idx for r in live.running if r in limits.only], np.int32)
         left = columns.num_tokens[rows] + columns.in_flight[rows] - columns.num_computed[rows]
         room = columns.max_total[rows] - columns.num_tokens[rows] - columns.in_flight[rows]
-        left[(left == 1) & (room < 1)] = 0     # its last sample is under way
+        left[(left == 1) & ((room < 1) | self._needing_samples(rows))] = 0     # its last sample is under way, or one it must know
         num_tokens = share_budget(left, limits.num_tokens)
         missing = self._missing_blocks(rows, num_tokens)
         preempted: list[Request] = []

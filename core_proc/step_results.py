@@ -31,112 +31,149 @@ class BadResult(RuntimeError):
 class Outcome:
     """What the step changed, for delivery."""
 
-    rows: np.ndarray                                           # i32: still running, gained a token
-    late: list[Request] = field(default_factory=list)          # preempted meanwhile, gained a token
+    rows: np.ndarray                                           # i32: still running, gained tokens
+    late: list[Request] = field(default_factory=list)          # preempted meanwhile, gained tokens
     finished: list[Request] = field(default_factory=list)
     first_tokens: list[Request] = field(default_factory=list)
     prompt_parts: list[PromptPart] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """The tokens of a result, checked against what the step may have sampled."""
+
+    num_out: np.ndarray                     # i32[R]
+    first: np.ndarray                       # i64[R] where an entry's tokens begin
+    ids: np.ndarray                         # i32[sum(num_out)] entry after entry
+    errors: dict[int, int]                  # entry → RowError
+    logprobs: tuple[np.ndarray, np.ndarray, np.ndarray] | None    # ids, values, ranks: a row for each of ``ids``
+
+    @classmethod
+    def read(cls, step: Step, result: StepResult) -> StepTokens:
+        """Raises BadResult, ColumnError."""
+        num_out = i32_column(result.num_out, len(step.rows), "num_out")
+        errors = dict(i32_column(result.row_errors).reshape(-1, 2).tolist())
+        wrong = num_out != step.samples
+        if step.num_drafts is not None:
+            wrong &= (step.num_drafts == 0) | (num_out < 1) | (num_out > step.samples)
+        for at in errors:                   # what came before the error counts
+            if not 0 <= at < len(wrong):
+                raise BadResult(f"step {step.step_id}: an error of entry {at}, which it does not have")
+            wrong[at] = not 0 <= num_out[at] < max(1, step.samples[at])
+        if wrong.any():
+            raise BadResult(f"step {step.step_id}: other tokens than those that it samples")
+        ids = i32_column(result.token_ids, int(num_out.sum()), "token_ids")
+        return cls(num_out, np.cumsum(num_out) - num_out, ids, errors, _logprob_columns(result.logprobs, len(ids)))
+
+
 def settle(live: LiveRequests, suspects: Suspects, step: Step, result: StepResult) -> Outcome:
     """Apply an ``ok`` result.  Raises BadResult, ColumnError."""
     columns = live.rows
-    num_out = i32_column(result.num_out, len(step.rows), "num_out")
-    tokens = np.zeros(len(step.rows), np.int32)
-    tokens[num_out > 0] = i32_column(result.token_ids, int(num_out.sum()), "token_ids")
-    errors = dict(i32_column(result.row_errors).reshape(-1, 2).tolist())
-    sampled = step.samples.copy()
-    sampled[list(errors)] = False
-    if not np.array_equal(num_out, sampled.astype(np.int32)):
-        raise BadResult(f"step {step.step_id}: tokens for other rows than those that sample")
+    tokens = StepTokens.read(step, result)
     here = columns.serial[step.rows] == step.serials
-    _count_in(live, suspects, step, here)
-    ends = _append(live, suspects, step, here, sampled, tokens, result.logprobs)
-    outcome = Outcome(rows=step.rows[here & sampled])
-    is_first = columns.num_tokens[outcome.rows] == columns.prompt_len[outcome.rows] + 1
+    gained = here & (tokens.num_out > 0)
+    _count_in(live, suspects, step, here, tokens)
+    outcome = Outcome(rows=step.rows[gained])
+    is_first = columns.num_tokens[outcome.rows] == columns.prompt_len[outcome.rows]
     outcome.first_tokens = [columns.request[row] for row in outcome.rows[is_first]]
+    ends = _append(live, suspects, step, gained, tokens)
     if result.prompt_logprobs is not None:
         outcome.prompt_parts = _prompt_rows(columns.request, step, here, result.prompt_logprobs)
-    for at in errors:
+    for at in tokens.errors:
         request = columns.request[step.rows[at]] if here[at] else step.departed.get(at)
         if request is not None and request.status is not RequestStatus.FINISHED:
-            ends[request] = (Finish.ROW_ERROR, -1)
-    gained, late_ends = _late_tokens(step, here, sampled, tokens, result.logprobs)
+            ends.setdefault(request, (Finish.ROW_ERROR, -1))      # unless it had ended before
+    late, late_ends = _late_tokens(step, here, tokens)
     ends |= late_ends
-    suspects.progressed(gained)
-    outcome.late = [request for request in gained if request not in ends]
-    outcome.first_tokens += [request for request in gained if request.num_tokens == request.prompt_len + 1]
-    _publish(live, step, here, errors)
+    suspects.progressed(late)
+    outcome.late = [request for request in late if request not in ends]
+    outcome.first_tokens += [request for request, count in late.items() if request.num_tokens - count == request.prompt_len]
+    _publish(live, step, here, tokens.errors)
     for request, (finish, stop_token) in ends.items():
         live.finish(request, finish, stop_token)
         suspects.forget(request)
         outcome.finished.append(request)
-    outcome.rows = outcome.rows[columns.serial[outcome.rows] == step.serials[here & sampled]]
+    outcome.rows = outcome.rows[columns.serial[outcome.rows] == step.serials[gained]]
     return outcome
 
 
-def _count_in(live: LiveRequests, suspects: Suspects, step: Step, here: np.ndarray) -> None:
-    """The step is no longer under way; its tokens are confirmed."""
+def _count_in(live: LiveRequests, suspects: Suspects, step: Step, here: np.ndarray, tokens: StepTokens) -> None:
+    """The step is no longer under way; its tokens are confirmed, but for drafts that were rejected."""
     columns, rows = live.rows, step.rows[here]
     columns.steps[rows] -= 1
     columns.in_flight[rows] -= step.samples[here]
     columns.num_applied[rows] += step.num_tokens[here]
+    if step.num_drafts is not None:
+        rejected = np.where(step.num_drafts > 0, step.samples - tokens.num_out, 0)[here]
+        columns.num_applied[rows] -= rejected
+        columns.num_computed[rows] -= rejected
     further = columns.num_applied[rows] > columns.highest[rows]
     columns.highest[rows] = np.maximum(columns.highest[rows], columns.num_applied[rows])
     if suspects.any:
         suspects.progressed(columns.request[row] for row in rows[further])
 
 
-def _append(live: LiveRequests, suspects: Suspects, step: Step, here: np.ndarray, sampled: np.ndarray, tokens: np.ndarray,
-            logprobs: LogprobRows | None) -> dict[Request, tuple[Finish, int]]:
-    """One token to each running row that sampled; which of them it ended."""
-    gained = here & sampled
-    columns, rows, new = live.rows, step.rows[gained], tokens[gained]
-    columns.tokens[rows, columns.num_tokens[rows]] = new
-    columns.num_tokens[rows] += 1
-    if logprobs is not None:
-        _store_logprobs(logprobs, sampled, {i: columns.request[step.rows[i]] for i in np.flatnonzero(gained)})
+def _append(live: LiveRequests, suspects: Suspects, step: Step, gained: np.ndarray,
+            tokens: StepTokens) -> dict[Request, tuple[Finish, int]]:
+    """Their tokens to the running rows, one after another until one ends the request; which it ended."""
+    columns, ends = live.rows, {}
+    at = np.flatnonzero(gained)
+    count = np.zeros(len(gained), np.int32)
+    while at.size:
+        rows, new = step.rows[at], tokens.ids[tokens.first[at] + count[at]]
+        columns.tokens[rows, columns.num_tokens[rows]] = new
+        columns.num_tokens[rows] += 1
+        count[at] += 1
+        finish = check_rows(columns, rows, new)
+        for i in np.flatnonzero(finish):
+            ends[columns.request[rows[i]]] = (Finish(finish[i]), int(new[i]) if finish[i] == Finish.STOP else -1)
+        at = at[(finish == Finish.NONE) & (count[at] < tokens.num_out[at])]
+    if tokens.logprobs is not None:
+        for i in np.flatnonzero(gained):
+            _store_logprobs(columns.request[step.rows[i]], tokens, i, int(count[i]))
     if suspects.any:
-        suspects.progressed(columns.request[row] for row in rows)
-    finish = check_rows(columns, rows, new)
-    return {columns.request[rows[i]]: (Finish(finish[i]), int(new[i]) if finish[i] == Finish.STOP else -1)
-            for i in np.flatnonzero(finish)}
+        suspects.progressed(columns.request[row] for row in step.rows[gained])
+    return ends
 
 
-def _late_tokens(step: Step, here: np.ndarray, sampled: np.ndarray, tokens: np.ndarray,
-                 logprobs: LogprobRows | None) -> tuple[list[Request], dict[Request, tuple[Finish, int]]]:
-    """Requests that were preempted meanwhile and gained a token, and which of them it ended; tokens of
-    finished ones are dropped."""
-    gained: list[Request] = []
+def _late_tokens(step: Step, here: np.ndarray, tokens: StepTokens) -> tuple[dict[Request, int], dict[Request, tuple[Finish, int]]]:
+    """Requests that were preempted meanwhile, how many tokens each gained, and which of them these
+    ended; tokens of finished ones are dropped."""
+    gained: dict[Request, int] = {}
     ends = {}
     for at, request in step.departed.items():
         if here[at] or request.status is RequestStatus.FINISHED:
             continue
         request.steps_in_flight -= 1
         request.num_in_flight -= int(step.samples[at])
-        if not sampled[at]:
-            continue
-        request.token_ids = np.append(request.token_ids, tokens[at])
-        gained.append(request)
-        if logprobs is not None:
-            _store_logprobs(logprobs, sampled, {at: request})
-        finish = check_request(request)
+        finish, count = Finish.NONE, 0
+        while count < tokens.num_out[at] and finish is Finish.NONE:
+            request.token_ids = np.append(request.token_ids, tokens.ids[tokens.first[at] + count])
+            finish, count = check_request(request), count + 1
+        if count:
+            gained[request] = count
+        if tokens.logprobs is not None:
+            _store_logprobs(request, tokens, at, count)
         if finish is not Finish.NONE:
-            ends[request] = (finish, int(tokens[at]) if finish is Finish.STOP else -1)
+            ends[request] = (finish, int(request.token_ids[-1]) if finish is Finish.STOP else -1)
     return gained, ends
 
 
-def _store_logprobs(logprobs: LogprobRows, sampled: np.ndarray, requests: dict[int, Request]) -> None:
-    """Rows of the result stand in the order of its tokens; ``requests`` by their entry in the plan."""
-    count = len(logprobs.ids) // 4 // max(1, logprobs.width)
-    ids = i32_column(logprobs.ids, count * logprobs.width, "logprobs.ids").reshape(count, logprobs.width)
-    values = f32_column(logprobs.values, count * logprobs.width, "logprobs.values").reshape(count, logprobs.width)
-    ranks = np.zeros(count, np.int32) if logprobs.ranks is None else i32_column(logprobs.ranks, count, "logprobs.ranks")
-    token_row = np.cumsum(sampled) - 1
-    for at, request in requests.items():
-        if request.logprobs is not None:
-            row = slice(token_row[at], token_row[at] + 1)
-            request.logprobs.append(ids[row], values[row], ranks[row])
+def _store_logprobs(request: Request, tokens: StepTokens, at: int, count: int) -> None:
+    """Of the first ``count`` tokens of entry ``at``."""
+    if request.logprobs is not None:
+        part = slice(tokens.first[at], tokens.first[at] + count)
+        request.logprobs.append(*(column[part] for column in tokens.logprobs))
+
+
+def _logprob_columns(rows: LogprobRows | None, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    if rows is None:
+        return None
+    size = count * rows.width
+    ids = i32_column(rows.ids, size, "logprobs.ids").reshape(count, rows.width)
+    values = f32_column(rows.values, size, "logprobs.values").reshape(count, rows.width)
+    ranks = np.zeros(count, np.int32) if rows.ranks is None else i32_column(rows.ranks, count, "logprobs.ranks")
+    return ids, values, ranks
 
 
 def _prompt_rows(requests: list[Request | None], step: Step, here: np.ndarray, message: PromptLogprobRows) -> list[PromptPart]:

@@ -3,7 +3,8 @@
 Built by the model runner after the plan's admissions and growth.  The tokens of all rows lie
 one after another, each row's at consecutive positions, padded up to a bucket: padding tokens
 have id 0, position 0 and slot -1, belong to no row and are seen by none.  A row samples if
-and only if its computed tokens reach its known tokens.
+and only if its computed tokens reach its known tokens; behind each draft it samples again, as
+if the draft were right.
 """
 
 from __future__ import annotations
@@ -33,16 +34,19 @@ class InputBatch:
     token_ids: Tensor              # int64 [num_padded_tokens]
     positions: Tensor              # int64 [num_padded_tokens]
     attention: AttentionMetadata
-    sampling: np.ndarray           # int64 [num_samples] batch_idx of the rows that sample, ascending
-    logits_indices: Tensor         # int64 [bucket(num_samples)] their last tokens; padding repeats token 0
+    num_drafts: np.ndarray         # int64 [num_rows]
+    sampling: np.ndarray           # int64 [num_samples] batch_idx of what is sampled, ascending: a row once, and once for each draft
+    sample_number: np.ndarray      # int64 [num_samples] 0, 1, ... within a row
+    logits_indices: Tensor         # int64 [bucket(num_samples)] tokens they follow; padding repeats token 0
 
     @property
     def num_tokens(self) -> int:
         return self.attention.num_tokens
 
 
-def build_batch(req_idx: np.ndarray, num_new: np.ndarray, states: RequestStates, buckets: RowBuckets) -> InputBatch:
-    """``num_new[r]`` (at least 1) tokens of row ``req_idx[r]``, from its first uncomputed one on."""
+def build_batch(req_idx: np.ndarray, num_new: np.ndarray, num_drafts: np.ndarray, states: RequestStates, buckets: RowBuckets) -> InputBatch:
+    """``num_new[r]`` (at least 1) tokens of row ``req_idx[r]``, from its first uncomputed one on; the
+    last ``num_drafts[r]`` of them are guessed, and stand behind the known ones in the table."""
     device = states.token_ids.device
     num_computed = states.num_computed[req_idx]
     seq_lens = num_computed + num_new
@@ -68,11 +72,19 @@ def build_batch(req_idx: np.ndarray, num_new: np.ndarray, states: RequestStates,
         block_table=_move(states.block_table[req_idx, :num_blocks], device),
         slot_mapping=_move(slot_mapping, device),
         query_lens_host=num_new.astype(np.int32), seq_lens_host=seq_lens.astype(np.int32), num_tokens=num_tokens)
-    sampling = np.flatnonzero(seq_lens == states.num_tokens[req_idx])
+    sampling, number = _samples(np.flatnonzero(seq_lens - num_drafts == states.num_tokens[req_idx]), num_drafts)
     return InputBatch(
         req_idx=req_idx, num_computed=num_computed, num_new=num_new, first_token=first_token,
         token_ids=token_ids, positions=_move(_padded(position, num_padded, 0), device), attention=attention,
-        sampling=sampling, logits_indices=logits_indices(ends[sampling] - 1, buckets, device))
+        num_drafts=num_drafts, sampling=sampling, sample_number=number,
+        logits_indices=logits_indices((ends - num_drafts)[sampling] - 1 + number, buckets, device))
+
+
+def _samples(rows: np.ndarray, num_drafts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, number within it) of each sample: behind the last known token, and behind each draft."""
+    count = 1 + num_drafts[rows]
+    row = np.repeat(rows, count)
+    return row, np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
 
 
 def logits_indices(tokens: np.ndarray, buckets: RowBuckets, device: torch.device) -> Tensor:

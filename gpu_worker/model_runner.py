@@ -1,10 +1,11 @@
 """Runs plans: the one place where rows, K/V, model and sampler meet; the same for CPU and CUDA.
 
 Owned by ``process.py``, which feeds it plans in order.  A plan is applied as admit, grow, run;
-the model stores the K/V of the whole batch before any row attends.  A row that fails (NaN, an
-empty mask) fails alone.  A step that fails as a whole leaves tables that nobody may trust:
-every later plan is answered with ``skipped`` until one carries ``restart_after`` = that step,
-which forgets all rows and admits them anew.
+the model stores the K/V of the whole batch before any row attends; a plan of several decode
+steps is run as many times over.  A row that fails (NaN, an empty mask) fails alone.  A step that
+fails as a whole leaves tables that nobody may trust: every later plan is answered with
+``skipped`` until one carries ``restart_after`` = that step, which forgets all rows and admits
+them anew.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.draft_check import accept
 from gpu_worker.input_batch import InputBatch, build_batch, logits_indices
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.logit_changes import SamplingRows
-from gpu_worker.logprobs import joined, logprobs_of, spread
+from gpu_worker.logprobs import joined, logprobs_of
 from gpu_worker.models.spec import LoadedModel
 from gpu_worker.plan_check import BadPlan, PlanColumns, check_plan
 from gpu_worker.request_states import RequestStates
 from gpu_worker.row_buckets import RowBuckets
 from gpu_worker.sampler import sample
+from gpu_worker.step_output import Samples, output_columns
 from protocol.codec import f32_bytes, i32_bytes
-from protocol.steps import LogprobRows, PromptLogprobRows, StepPlan, StepResult, StepStatus
+from protocol.steps import PromptLogprobRows, StepPlan, StepResult, StepStatus
 
 logger = logging.getLogger(__name__)
 PROMPT_LOGPROB_ROWS = 64     # logits held at once for prompt_logprobs
@@ -69,24 +72,21 @@ class ModelRunner:
         self._apply(plan, columns)
         if not len(columns.req_idx):
             return StepResult(plan.epoch, plan.gen, plan.step_id, StepStatus.OK)
-        batch = build_batch(columns.req_idx, columns.num_tokens, self.states, self.buckets)
-        built = time.perf_counter()
-        hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self.kv)
-        forwarded = time.perf_counter()
-        prompt_logprobs = self._prompt_logprobs(batch, hidden)
-        token_ids, errors, logprobs = self._sample(batch, hidden)
-        self.states.advance(batch.req_idx, batch.num_new)
-        ended = time.perf_counter()
-
-        num_out = np.zeros(len(batch.req_idx), dtype=np.int32)
-        num_out[batch.sampling] = errors == 0
-        failed = np.flatnonzero(errors)
-        row_errors = np.stack((batch.sampling[failed], errors[failed]), axis=1)
-        times_s = (built - started, forwarded - built, ended - forwarded, ended - started)
+        times_s, rounds, prompt_logprobs = np.zeros(3), [], None
+        for _ in range(columns.num_steps):
+            began = time.perf_counter()
+            batch = build_batch(columns.req_idx, columns.num_tokens, columns.num_drafts, self.states, self.buckets)
+            built = time.perf_counter()
+            hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self.kv)
+            forwarded = time.perf_counter()
+            prompt_logprobs = prompt_logprobs or self._prompt_logprobs(batch, hidden)
+            rounds.append(self._sample(batch, hidden))
+            times_s += (built - began, forwarded - built, time.perf_counter() - forwarded)
+        output = output_columns(rounds, len(columns.req_idx))
+        total_s = time.perf_counter() - started
         return StepResult(
-            plan.epoch, plan.gen, plan.step_id, StepStatus.OK, num_out=i32_bytes(num_out),
-            token_ids=i32_bytes(token_ids[errors == 0]), row_errors=i32_bytes(row_errors) if len(failed) else None,
-            logprobs=logprobs, prompt_logprobs=prompt_logprobs, timings_us=i32_bytes([int(t * 1e6) for t in times_s]))
+            plan.epoch, plan.gen, plan.step_id, StepStatus.OK, prompt_logprobs=prompt_logprobs,
+            timings_us=i32_bytes([int(t * 1e6) for t in (*times_s, total_s)]), **output)
 
     def _apply(self, plan: StepPlan, columns: PlanColumns) -> None:
         if plan.restart_after is not None:
@@ -94,21 +94,29 @@ class ModelRunner:
         for admission, lists in columns.admissions:
             self.states.admit(admission, lists)
         self.states.grow(columns.grow_req_idx, columns.grow_block_ids)
+        if len(columns.drafts):
+            self.states.write_drafts(columns.req_idx, columns.num_drafts, columns.drafts)
 
-    def _sample(self, batch: InputBatch, hidden: Tensor) -> tuple[np.ndarray, np.ndarray, LogprobRows | None]:
-        """(token ids, errors, logprobs) of the rows that sample; their tokens enter the tables."""
+    def _sample(self, batch: InputBatch, hidden: Tensor) -> Samples:
+        """Of the rows that sample; the tables now hold this step's K/V and tokens."""
         if not len(batch.sampling):
-            return np.zeros(0, np.int64), np.zeros(0, np.int64), None
+            self.states.advance(batch.req_idx, batch.num_new)
+            nothing = torch.zeros(0, dtype=torch.int64, device=hidden.device)
+            return Samples(batch.sampling, nothing, nothing, batch.sampling, None)
         logits = self.model.compute_logits(hidden.index_select(0, batch.logits_indices))
         rows = self._sampling_rows(batch)
         sampled = sample(logits, rows)
+        if batch.num_drafts.any():
+            counts, token_ids = accept(sampled, batch, self.states)
+            kept = torch.from_numpy(np.flatnonzero(counts)).to(logits.device)
+            return _samples(logits[kept], batch.sampling[counts], token_ids[kept], sampled.errors[kept], rows.params["logprobs"][counts])
         appended = self.states.append(rows.req_idx, sampled.token_ids, sampled.errors != 0)
-        token_ids, errors = torch.stack((appended, sampled.errors)).cpu().numpy()
-        return token_ids, errors, _sampled_logprobs(logits, appended, rows.params["logprobs"], errors)
+        self.states.advance(batch.req_idx, batch.num_new)
+        return _samples(logits, batch.sampling, appended, sampled.errors, rows.params["logprobs"])
 
     def _sampling_rows(self, batch: InputBatch) -> SamplingRows:
         states, req_idx = self.states, batch.req_idx[batch.sampling]
-        return SamplingRows(req_idx, states.num_tokens[req_idx], states.prompt_len[req_idx], states.params[req_idx],
+        return SamplingRows(req_idx, states.num_tokens[req_idx] + batch.sample_number, states.prompt_len[req_idx], states.params[req_idx],
                             [states.lists[row] for row in req_idx.tolist()], states.token_ids)
 
     def _prompt_logprobs(self, batch: InputBatch, hidden: Tensor) -> PromptLogprobRows | None:
@@ -135,15 +143,13 @@ class ModelRunner:
             i32_bytes(found.ids), f32_bytes(found.values), i32_bytes(found.ranks))
 
 
-def _sampled_logprobs(logits: Tensor, token_ids: Tensor, num_best: np.ndarray, errors: np.ndarray) -> LogprobRows | None:
-    """One row for each token of the result; None where no row asked."""
-    good = np.flatnonzero(errors == 0)
-    asked = good[num_best[good] >= 0]
-    if not len(asked):
-        return None
-    place = torch.from_numpy(asked).to(logits.device)
-    found = logprobs_of(logits[place], token_ids[place], num_best[asked], int(num_best[asked].max()))
-    return spread(found, np.searchsorted(good, asked), len(good))
+def _samples(logits: Tensor, batch_idx: np.ndarray, token_ids: Tensor, errors: Tensor, num_best: np.ndarray) -> Samples:
+    """With the logprobs that were asked for; ``logits`` [at least n, vocab_size]."""
+    asked, logprobs = np.flatnonzero(num_best >= 0), None
+    if len(asked):
+        place = torch.from_numpy(asked).to(logits.device)
+        logprobs = logprobs_of(logits[place], token_ids[place], num_best[asked], int(num_best[asked].max()))
+    return Samples(batch_idx, token_ids, errors, asked, logprobs)
 
 
 def _status_of(error: Exception) -> StepStatus:

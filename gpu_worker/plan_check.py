@@ -29,7 +29,10 @@ class PlanColumns:
     grow_block_ids: np.ndarray  # int64 [k]
     req_idx: np.ndarray         # int64 [num_rows]
     num_computed: np.ndarray    # int64 [num_rows]
-    num_tokens: np.ndarray      # int64 [num_rows]
+    num_tokens: np.ndarray      # int64 [num_rows] in each of num_steps, drafts counted
+    num_steps: int
+    num_drafts: np.ndarray      # int64 [num_rows]
+    drafts: np.ndarray          # int64 [sum(num_drafts)] row after row
 
 
 @dataclass(slots=True)
@@ -49,6 +52,7 @@ def check_plan(plan: StepPlan, states: RequestStates) -> PlanColumns:
         req_idx = i32_column(plan.rows, name="rows").astype(np.int64)
         num_computed = i32_column(plan.num_computed, len(req_idx), "num_computed").astype(np.int64)
         num_tokens = i32_column(plan.num_tokens, len(req_idx), "num_tokens").astype(np.int64)
+        num_drafts, drafts = _drafts(plan, len(req_idx))
         counts = _counts(states, forget=plan.restart_after is not None)
         admissions = [(admission, _check_admission(admission, states, counts)) for admission in plan.admit]
     except ColumnError as error:
@@ -58,8 +62,9 @@ def check_plan(plan: StepPlan, states: RequestStates) -> PlanColumns:
     _require(len(grow) % 2 == 0, "grow: not pairs of (req_idx, block_id)")
     grow = grow.reshape(-1, 2)
     _check_growth(grow, states, counts)
-    _check_rows(req_idx, num_computed, num_tokens, states, counts)
-    return PlanColumns(admissions, grow[:, 0], grow[:, 1], req_idx, num_computed, num_tokens)
+    columns = PlanColumns(admissions, grow[:, 0], grow[:, 1], req_idx, num_computed, num_tokens, plan.num_steps, num_drafts, drafts)
+    _check_rows(columns, states, counts)
+    return columns
 
 
 def _counts(states: RequestStates, *, forget: bool) -> _Counts:
@@ -68,10 +73,18 @@ def _counts(states: RequestStates, *, forget: bool) -> _Counts:
 
 
 def _refuse_unknown_features(plan: StepPlan) -> None:
-    _require(not (plan.num_drafts or plan.drafts), "drafts: this worker does not speculate")
-    _require(plan.num_steps == 1, "num_steps: this worker runs one a plan")
     _require(not plan.copies, "copies: this worker copies no blocks")
     _require(not plan.control, "control: this worker knows no control messages")
+
+
+def _drafts(plan: StepPlan, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    drafts = i32_column(plan.drafts, name="drafts").astype(np.int64)
+    if plan.num_drafts is None:
+        _require(not len(drafts), "drafts: without num_drafts")
+        return np.zeros(num_rows, np.int64), drafts
+    num_drafts = i32_column(plan.num_drafts, num_rows, "num_drafts").astype(np.int64)
+    _require(bool((num_drafts >= 0).all()) and int(num_drafts.sum()) == len(drafts), "drafts: other ones than num_drafts says")
+    return num_drafts, drafts
 
 
 def _check_admission(admission: Admission, states: RequestStates, counts: _Counts) -> TokenLists:
@@ -115,8 +128,9 @@ def _check_growth(grow: np.ndarray, states: RequestStates, counts: _Counts) -> N
     _require(int(counts.num_row_blocks[rows].max()) <= states.max_blocks, f"grow: a row of more than {states.max_blocks} blocks")
 
 
-def _check_rows(req_idx: np.ndarray, num_computed: np.ndarray, num_tokens: np.ndarray,
-                states: RequestStates, counts: _Counts) -> None:
+def _check_rows(columns: PlanColumns, states: RequestStates, counts: _Counts) -> None:
+    req_idx, num_computed, num_tokens, num_steps = columns.req_idx, columns.num_computed, columns.num_tokens, columns.num_steps
+    _require(1 <= num_steps <= states.max_model_len, f"num_steps: {num_steps}")
     if not len(req_idx):
         return
     _require(_within(req_idx, states.max_num_seqs), f"rows: a row is not in [0, {states.max_num_seqs})")
@@ -126,7 +140,13 @@ def _check_rows(req_idx: np.ndarray, num_computed: np.ndarray, num_tokens: np.nd
     _require(bool((num_computed == counts.num_computed[req_idx]).all()), "num_computed: differs from the worker's own")
     _require(int(num_tokens.min()) >= 1, "num_tokens: below 1")
     end = num_computed + num_tokens
-    _require(bool((end <= known).all()), "num_tokens: more than the row's known tokens")
+    _require(bool((end - columns.num_drafts <= known).all()), "num_tokens: more than the row's known tokens")
+    ahead = columns.num_drafts + num_steps > 1
+    _require(bool(((num_tokens - columns.num_drafts == 1) & (end - columns.num_drafts == known))[ahead].all()),
+             "num_steps, drafts: of a row that does not decode")
+    _require(num_steps == 1 or not len(columns.drafts), "drafts: in a plan of several steps")
+    _require(_within(columns.drafts, states.vocab_size), f"drafts: a token id is not in [0, {states.vocab_size})")
+    end = end + num_steps - 1
     _require(bool((end <= counts.num_row_blocks[req_idx] * BLOCK_SIZE_TOKENS).all()), "num_tokens: beyond the row's blocks")
     _require(bool((end < states.max_model_len).all()), "rows: a row would sample beyond max_model_len")
 

@@ -150,7 +150,7 @@ class Service:
         self._page.add("tokens", len(result.token_ids) // 4)
         if result.timings_us is not None:
             self._page.set("step_us", int(i32_column(result.timings_us)[-1]))
-            self._page.add("computed_tokens", int(i32_column(plan.num_tokens).sum()))
+            self._page.add("computed_tokens", int(i32_column(plan.num_tokens).sum()) * plan.num_steps)
         self._page.add("steps_done")
         self._send(result)      # last: who has the result finds it counted
 

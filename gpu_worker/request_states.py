@@ -119,6 +119,13 @@ class RequestStates:
         """The K/V of ``num_new`` tokens a row stand in its blocks."""
         self.num_computed[req_idx] += num_new
 
+    def write_drafts(self, req_idx: np.ndarray, num_drafts: np.ndarray, drafts: np.ndarray) -> None:
+        """Behind the known tokens of rows, which do not grow by it; ``drafts`` row after row."""
+        row = np.repeat(req_idx, num_drafts)
+        number = np.arange(len(row)) - np.repeat(np.cumsum(num_drafts) - num_drafts, num_drafts)
+        place = torch.from_numpy(row * self.max_model_len + self.num_tokens[row] + number).to(self.token_ids.device)
+        self.token_ids.view(-1)[place] = torch.from_numpy(drafts).to(place.device).int()
+
     def append(self, req_idx: np.ndarray, sampled: Tensor, failed: Tensor) -> Tensor:
         """One token to each row, on the device; a failed row repeats its last one, so that the
         next step finds a valid id.  int64 [n] what was appended."""

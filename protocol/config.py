@@ -40,15 +40,25 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """How requests share steps and KV memory."""
 
     max_num_seqs: Annotated[int, _doc("most requests running at once", ge=1, le=4096)] = 64
-    max_num_batched_tokens: Annotated[int, _doc("token budget of a step; default: 512 on a CPU, 2048 on CUDA", ge=1, le=2**20)] | None = None
+    max_num_batched_tokens: Annotated[int, _doc("token budget of a step; default: about 100 ms of work on a CPU, 2048 on CUDA", ge=1, le=2**20)] | None = None
+    max_step_ms: Annotated[float, _doc("milliseconds that a step may take, and so a running request waits for its next token; fewer tokens and requests share a step", ge=1.0, le=60_000.0)] | None = None
+    max_decode_steps: Annotated[int, _doc("most decode steps in one plan when nobody waits; together at most 20 ms, so streams get up to that many tokens at once", ge=1, le=64)] = 4
     scheduling_policy: Annotated[Literal["fcfs", "priority"], _doc("order of requests: arrival, or (priority, arrival) with the lower priority first")] = "fcfs"
     enable_prefix_caching: Annotated[bool, _doc("share the KV blocks of equal prompt beginnings")] = True
     block_size: Annotated[Literal[32], _doc("tokens of a KV block")] = BLOCK_SIZE_TOKENS
     kv_cache_memory_bytes: Annotated[int, _doc("bytes for K and V; default: what max_num_seqs full-length requests need, at most 40 % of what is available", ge=1)] | None = None
     num_kv_blocks: Annotated[int, _doc("KV blocks, instead of bytes", ge=1, le=2**31 - 1)] | None = None
     watermark: Annotated[float, _doc("share of KV blocks that an admission leaves free while others run", ge=0.0, le=0.5)] = 0.01
-    window: Annotated[int, _doc("steps in flight; default: 1 on a CPU, 2 on CUDA", ge=1, le=2)] | None = None
+    window: Annotated[int, _doc("steps in flight; the second goes out when the first is about to end", ge=1, le=2)] = 2
     max_num_queued_reqs: Annotated[int, _doc("most waiting requests; more are refused", ge=1)] = 10_000
+    speculative: Annotated[Literal["none", "ngram"], _doc("guess tokens that are checked in one step; ngram: by what followed the same tokens earlier in the request")] = "none"
+    num_speculative_tokens: Annotated[int, _doc("most tokens guessed at once for a request", ge=1, le=64)] = 7
+    prompt_lookup_max: Annotated[int, _doc("most tokens that must have stood together before", ge=1, le=32)] = 4
+    prompt_lookup_min: Annotated[int, _doc("fewest tokens that must have stood together before", ge=1, le=32)] = 2
+
+    def __post_init__(self) -> None:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(f"prompt_lookup_min: was {self.prompt_lookup_min}; allowed: at most prompt_lookup_max = {self.prompt_lookup_max}")
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

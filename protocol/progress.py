@@ -33,7 +33,7 @@ class State(enum.IntEnum):
 COUNTERS = (
     "pid", "rank", "epoch", "gen", "state", "ticks", "steps_started", "steps_done", "tokens",
     "running", "waiting", "blocks", "used_blocks", "max_model_len", "num_threads", "vocab_size",
-    "preemptions", "cached_tokens", "computed_tokens", "streams", "step_us",
+    "preemptions", "cached_tokens", "computed_tokens", "streams", "step_us", "draft_tokens", "accepted_tokens",
 )
 TEXTS = ("role", "device", "dtype", "fingerprint", "error", "note")
 

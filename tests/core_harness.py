@@ -26,13 +26,14 @@ def key_of(number: int) -> bytes:
 class Harness:
     """One core, one frontend, a worker that answers with tokens counted up from 100."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 128, **config: Any) -> None:
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 128, period: int = 800, **config: Any) -> None:
         settings = SchedulerConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, "watermark": 0.0} | config)
         msgspec.structs.force_setattr(settings, "block_size", block_size)     # small blocks make small tests
         ready = WorkerReady(1, 1, "f", num_blocks, settings.max_num_seqs, VOCAB, b"", [], max_model_len)
         self.core = EngineCore(settings, ready)
         self.now_ns = 1
         self.seq = 0
+        self.period = period                     # the token at position p is 100 + p % period
         self.plans: list[StepPlan] = []          # sent, not answered
         self.messages: list[Any] = []
         self.core.connect(FRONTEND, self.now_ns)
@@ -82,30 +83,48 @@ class Harness:
 
     def plan(self) -> StepPlan | None:
         self.now_ns += 1
-        plan = self.core.schedule(self.now_ns) if self.core.wants_plan() else None
+        plan = self.core.schedule(self.now_ns) if self.core.wants_plan(self.now_ns) else None
         if plan is not None:
             self.plans.append(plan)
         return plan
 
-    def answer(self, status: StepStatus = StepStatus.OK, token: int | None = None, row_errors: list[tuple[int, int]] = (),
-               prompt_logprobs: PromptLogprobRows | None = None) -> None:
-        """The result of the oldest plan: every row that samples gets ``token``, or counts up from 100."""
+    def answer(self, status: StepStatus = StepStatus.OK, token: int | list[int] | None = None,
+               row_errors: list[tuple[int, int]] = (), good_before: int = 0, prompt_logprobs: PromptLogprobRows | None = None,
+               took_us: int | None = None) -> None:
+        """The result of the oldest plan: every row that samples gets ``token``, or counts up from 100.
+
+        ``token``: one for all, or as many as the plan has steps; ``good_before``: tokens that rows with
+        an error gave before it.  ``took_us``: how long the worker says it took; the time that has
+        really passed is the test's.
+        """
         plan = self.plans.pop(0)
         result = StepResult(1, 1, plan.step_id, status)
         if status is StepStatus.OK:
             step = self.core.steps[0]
             out = step.samples.copy()
-            out[[at for at, _ in row_errors]] = False
-            known = np.array([self._num_known(step, i) for i in range(len(out))])
-            values = 100 + known % 800 if token is None else np.full(len(out), token)
-            result = StepResult(1, 1, plan.step_id, status, i32_bytes(out.astype(np.int32)), i32_bytes(values[out]),
+            if step.num_drafts is not None:
+                drafts = np.split(i32_column(plan.drafts), np.cumsum(step.num_drafts)[:-1])
+                out = np.array([self._num_right(step, at, own.tolist(), token) for at, own in enumerate(drafts)], np.int32)
+            out[[at for at, _ in row_errors]] = good_before
+            values = [self._token(step, at, number, token) for at, count in enumerate(out) for number in range(count)]
+            result = StepResult(1, 1, plan.step_id, status, i32_bytes(out), i32_bytes(values),
                                 row_errors=i32_bytes([v for pair in row_errors for v in pair]) if row_errors else None,
-                                prompt_logprobs=prompt_logprobs)
+                                prompt_logprobs=prompt_logprobs, timings_us=None if took_us is None else i32_bytes([0, 0, 0, took_us]))
         self.now_ns += 1
         self.core.apply(result, self.now_ns)
 
-    def _num_known(self, step: Any, at: int) -> int:
-        return int(step.starts[at] + step.num_tokens[at])
+    def _token(self, step: Any, at: int, number: int, token: int | list[int] | None) -> int:
+        if token is not None:
+            return token if isinstance(token, int) else token[number]
+        position = int(step.starts[at] + step.num_tokens[at] - step.samples[at]) + 1 + number
+        return 100 + position % self.period
+
+    def _num_right(self, step: Any, at: int, drafts: list[int], token: int | list[int] | None) -> int:
+        """Tokens of an entry: one, and one more for each draft until the first wrong one."""
+        count = 1
+        while count <= len(drafts) and drafts[count - 1] == self._token(step, at, count - 1, token):
+            count += 1
+        return min(count, int(step.samples[at]))
 
     def step(self, **answer: Any) -> StepPlan | None:
         """One plan and one result; the plan, or the one answered where the window was full."""

@@ -58,7 +58,7 @@ class InProcessEngine:
     """One model and one core; ``generate`` runs requests as one batch."""
 
     def __init__(self, model: LoadedModel, *, max_model_len: int, num_blocks: int, **scheduler: Any) -> None:
-        config = SchedulerConfig(**scheduler)
+        config = SchedulerConfig(max_decode_steps=1, **scheduler)      # the logits of each step are kept
         spec, device = model.spec, torch.device("cpu")
         kv = KVCache(spec, num_blocks, spec.dtype, device)
         for tensor in (*kv.key, *kv.value):
@@ -80,7 +80,7 @@ class InProcessEngine:
             self._add(number, prompt, TokenParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True))
         accepted = [m for _, m in self._core.take_outputs() if isinstance(m, Accepted)]
         assert len(accepted) == len(prompts)
-        while self._core.wants_plan():
+        while self._core.wants_plan(self._now_ns):
             self._step()
         assert all(len(stream.token_ids) == max_tokens for stream in self._streams.values())
         return list(self._streams.values())

@@ -159,7 +159,7 @@ CIRCUMSTANCES = [
     Circumstance("prefix hit, one block", lambda _work: {}, lambda engine, work: after_prefix_hit(engine, work, 1)),
     Circumstance("prefix hit, many blocks", lambda _work: {}, lambda engine, work: after_prefix_hit(engine, work, None)),
     Circumstance("preempted", crowded, preempted),
-    Circumstance("window 2", uncached(window=2), among_others),
+    Circumstance("window 1", uncached(window=1), among_others),
 ]
 
 

@@ -151,7 +151,7 @@ class Simulation:
     def _schedule(self) -> bool:
         moved = False
         self.lazy = False
-        while self.core.wants_plan():
+        while self.core.wants_plan(self.now_ns):
             if self.rng.random() > self.world.schedule:
                 self.lazy = True
                 break

@@ -51,6 +51,9 @@ def test_arguments_give_the_config_back():
     ({"dtype": "int3"}, "dtype: was 'int3'; allowed: auto, float32, bfloat16, float16"),
     ({"window": 3}, "window: was 3"),
     ({"window": "x"}, "window: was 'x'"),
+    ({"prompt_lookup_min": 5}, "prompt_lookup_min: was 5; allowed: at most prompt_lookup_max = 4"),
+    ({"prompt_lookup_max": 1}, "prompt_lookup_min: was 2; allowed: at most prompt_lookup_max = 1"),
+    ({"speculative": "eagle"}, "speculative: was 'eagle'; allowed: none, ngram"),
     ({"block_size": 16}, "block_size: was 16; allowed: 32"),
     ({"max_num_seq": 1}, "max_num_seq: no such setting; allowed: "),
 ])

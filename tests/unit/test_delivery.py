@@ -4,7 +4,7 @@ import numpy as np
 
 from core_harness import Harness
 from protocol.codec import i32_bytes, i32_column
-from protocol.messages import EventKind, Finish, Outputs, Sync
+from protocol.messages import EventKind, Finish, Heartbeat, Outputs, Sync
 from protocol.steps import PromptLogprobRows
 
 
@@ -131,3 +131,26 @@ def test_prompt_logprobs_are_told_again():
             rows = ask_again(engine, number, 1)[0].prompt_logprobs
             assert (rows.stream, rows.start, rows.ids) == (i32_bytes([number * 16]), i32_bytes([1]), i32_bytes([7, 8, 9]))
         engine.run()
+
+
+def test_a_lost_last_message_is_followed_until_the_frontend_has_heard():
+    """What is lost may be the answer to a gap, for streams that the core does not know."""
+    engine = Harness()
+    engine.core.take_outputs()
+    engine.seq += 1                            # an Add that the core never sees
+    engine.tell(Heartbeat, sent_seq=2, received_seq=1)
+    assert [type(m) for _, m in engine.core.take_outputs()] == [Sync]          # and that is lost too
+
+    def second() -> list[Heartbeat]:
+        engine.now_ns += 10**9
+        engine.core.tick(engine.now_ns)
+        return [m for _, m in engine.core.take_outputs()]
+
+    heard = 1
+    for _ in range(3):
+        engine.tell(Heartbeat, sent_seq=engine.seq, received_seq=heard)
+        (heartbeat,) = second()
+        assert isinstance(heartbeat, Heartbeat)
+    heard = heartbeat.channel_seq              # at last
+    engine.tell(Heartbeat, sent_seq=engine.seq, received_seq=heard)
+    assert second() == []

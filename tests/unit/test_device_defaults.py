@@ -35,10 +35,10 @@ def ready_of(device: str) -> WorkerReady:
     return to_core.decode(answer)
 
 
-@pytest.mark.parametrize(("device", "window", "budget"), [("cpu", 1, 512), ("cuda (NVIDIA H100)", 2, 2048)])
-def test_window_and_budget_follow_the_workers_device(device, window, budget):
+@pytest.mark.parametrize(("device", "budget"), [("cpu", 512), ("cuda (NVIDIA H100)", 2048)])
+def test_budget_follows_the_workers_device(device, budget):
     core = EngineCore(SchedulerConfig(), ready_of(device))
-    assert (core.window, core.memory.budget) == (window, budget)
+    assert (core.window, core.memory.budget) == (2, budget)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda (NVIDIA H100)"])

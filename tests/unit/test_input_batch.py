@@ -45,7 +45,9 @@ def batch_of(states: RequestStates, step: StepPlan, buckets: RowBuckets = RowBuc
     for admitted, lists in columns.admissions:
         states.admit(admitted, lists)
     states.grow(columns.grow_req_idx, columns.grow_block_ids)
-    return build_batch(columns.req_idx, columns.num_tokens, states, buckets)
+    if len(columns.drafts):
+        states.write_drafts(columns.req_idx, columns.num_drafts, columns.drafts)
+    return build_batch(columns.req_idx, columns.num_tokens, columns.num_drafts, states, buckets)
 
 
 def run_rows(states: RequestStates, batch: InputBatch, token: int) -> None:
@@ -197,8 +199,12 @@ BAD_PLANS = {
     "bad word without ids": (with_params(bad_words_ids=b"", bad_words_lengths=i32_bytes([0])), "a bad word without tokens"),
     "bad word beyond the vocabulary": (with_params(bad_words_ids=i32_bytes([3, VOCAB, 4]), bad_words_lengths=i32_bytes([3])), "bad_words_ids name"),
     "negative id in a bad word": (with_params(bad_words_ids=i32_bytes([3, -1, 4]), bad_words_lengths=i32_bytes([3])), "bad_words_ids name"),
-    "drafts": (with_plan(num_drafts=i32_bytes([0, 1]), drafts=i32_bytes([4])), "drafts"),
-    "several steps": (with_plan(num_steps=2), "num_steps"),
+    "drafts nobody counts": (with_plan(drafts=i32_bytes([4])), "drafts: without num_drafts"),
+    "fewer drafts": (with_plan(num_drafts=i32_bytes([1, 1]), drafts=i32_bytes([4])), "drafts: other ones"),
+    "negative drafts": (with_plan(num_drafts=i32_bytes([-1, 1]), drafts=b""), "drafts: other ones"),
+    "drafts of fewer rows": (with_plan(num_drafts=i32_bytes([1]), drafts=i32_bytes([4])), "num_drafts: 1 values, expected 2"),
+    "drafts of a prompt": (with_plan(num_drafts=i32_bytes([0, 1]), drafts=i32_bytes([4])), "drafts: of a row that does not decode"),
+    "several steps of a prompt": (with_plan(num_steps=2), "num_steps, drafts: of a row"),
     "copies": (with_plan(copies=i32_bytes([0, 0, 0, 1])), "copies"),
     "control": (with_plan(control=[(1, b"")]), "control"),
 }

@@ -152,10 +152,10 @@ def test_the_window_closes_for_suspects_and_not_for_one_strike():
     engine.answer(StepStatus.FAILED_INTERNAL)
     engine.core.live.preempt(other)      # it keeps its strike: it gets no further for now
     engine.plan()
-    assert engine.core.wants_plan()
+    assert engine.core.wants_plan(engine.now_ns)
     engine.answer(StepStatus.FAILED_INTERNAL)
     engine.plan()                        # both are suspects
-    assert not engine.core.wants_plan()
+    assert not engine.core.wants_plan(engine.now_ns)
 
 
 def test_a_late_token_clears_a_strike():
