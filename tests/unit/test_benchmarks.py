@@ -1,0 +1,98 @@
+"""The pure parts of the benchmarks: reports, modes, workloads, reasons, percentiles."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import workload
+from report import Metric, Report
+
+RATE, DELAY = Metric("rate", "tokens/s"), Metric("delay", "s", higher_is_better=False, digits=2)
+WATCHED = {"pressure_before": 3.0, "pressure_after": 80.0, "seconds": 1.0, "others_cores": 0.02}
+
+
+def make_report(**options) -> Report:
+    report = Report("some_benchmark", "width", [RATE, DELAY], {"rounds": 3}, bases=["peer"], **options)
+    report.engines = {"peer": {}, "ours": {}}
+    # The machine becomes half as fast from round to round; ours is twice as fast as the peer in each.
+    for number, speed in enumerate((4.0, 2.0, 1.0)):
+        report.add(16, "ours", "rate", 20 * speed, number)
+        report.add(16, "peer", "rate", 10 * speed, number)
+    return report
+
+
+class TestReport:
+    def test_ratios_are_taken_round_by_round(self):
+        report = make_report()
+        report.add(4, "peer", "rate", 10.0, 0)
+        report.add(4, "ours", "rate", 80.0, 1)       # the peer has no value of that round
+        report.add(4, "ours", "rate", 15.0, 0)
+        assert report.ratio(16, "ours", "peer", RATE) == 2.0
+        assert report.ratio(16, "peer", "peer", RATE) is None
+        assert report.ratio(4, "ours", "peer", RATE) == 1.5
+        assert report.ratio(64, "ours", "peer", RATE) is None
+
+    def test_a_ratio_of_a_delay_says_how_many_times_sooner(self):
+        report = make_report()
+        report.add(16, "ours", "delay", 0.5)
+        report.add(16, "peer", "delay", 2.0)
+        assert report.ratio(16, "ours", "peer", DELAY) == 4.0
+
+    def test_table(self):
+        text = make_report().markdown(WATCHED)
+        assert "| width | engine | rate, tokens/s (median) | all rounds | × peer |\n|---|---|---|---|---|" in text
+        assert "| 16 | peer | 20.0 | 40.0, 20.0, 10.0 |  |\n| 16 | ours | 40.0 | 80.0, 40.0, 20.0 | 2.00 |" in text
+        assert "CPU pressure 3 % before, 80 % after; processes of others used 0.02 cores meanwhile" in text
+        assert "delay" not in text          # nothing was measured of it
+
+    def test_wide_table_has_a_column_for_each_metric(self):
+        report = make_report(wide=True)
+        report.add(16, "ours", "delay", 0.126)
+        text = report.markdown(WATCHED)
+        assert "| 16 | peer | 20.0 |  |\n| 16 | ours | 40.0 | 0.13 |" in text
+
+    def test_what_did_not_run_is_named(self):
+        report = make_report()
+        report.missing["other peer"] = "not installed"
+        report.note("once")
+        report.note("once")
+        assert report.markdown(WATCHED).endswith("Not run:\n- other peer: not installed\n\n- once")
+
+    def test_json_holds_all_rounds(self):
+        report = make_report()
+        report.missing["other peer"] = "not installed"
+        found = json.loads(json.dumps(report.as_json(WATCHED)))
+        assert [r["value"] for r in found["rounds"] if r["engine"] == "ours"] == [80.0, 40.0, 20.0]
+        assert found["medians"][1] == {"case": 16, "engine": "ours", "metric": "rate", "median": 40.0, "ratios": {"peer": 2.0}}
+        assert found["not_run"] == {"other peer": "not installed"} and found["machine"]["versions"]["torch"]
+
+    def test_files(self, tmp_path, capsys):
+        make_report().finish(tmp_path)
+        assert json.loads((tmp_path / "some_benchmark.json").read_text())["benchmark"] == "some_benchmark"
+        assert "| 16 | ours | 40.0 |" in capsys.readouterr().out
+
+    def test_plot(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        from plot import draw
+
+        report = make_report()
+        report.add("text", "ours", "delay", 1.0)
+        report.add(64, "ours", "rate", 90.0)
+        assert draw(report, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+class TestWorkload:
+    def test_w_is_the_agreed_one(self):
+        work = workload.make_workload()
+        assert (sum(len(p) for p, _ in work), sum(n for _, n in work)) == (8355, 5088)
+        assert (sum(len(p) for p, _ in work[:8]), sum(n for _, n in work[:8])) == (1081, 737)
+
+    def test_due_times_have_the_rate(self):
+        due_s = workload.poisson_times(4.0, 2000, seed=1)
+        assert due_s == sorted(due_s) == workload.poisson_times(4.0, 2000, seed=1)
+        assert 2000 / due_s[-1] == pytest.approx(4.0, rel=0.1)
