@@ -1,6 +1,7 @@
 """The pure parts of the benchmarks: reports, modes, workloads, reasons, percentiles."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import workload
+from child import Child, ChildFailed, death_reason
 from report import Metric, Report
 
 RATE, DELAY = Metric("rate", "tokens/s"), Metric("delay", "s", higher_is_better=False, digits=2)
@@ -96,3 +98,77 @@ class TestWorkload:
         due_s = workload.poisson_times(4.0, 2000, seed=1)
         assert due_s == sorted(due_s) == workload.poisson_times(4.0, 2000, seed=1)
         assert 2000 / due_s[-1] == pytest.approx(4.0, rel=0.1)
+
+
+class TestChild:
+    def test_reason_of_a_death(self):
+        assert death_reason(-4, "") == "was killed by SIGILL: it is built for instructions that this CPU lacks"
+        assert death_reason(-9, "x") == "was killed by SIGKILL"
+        log = "Traceback (most recent call last):\n  File x\nImportError: libfoo.so:\n not found\n\nleaving"
+        assert death_reason(1, log) == "ended with code 1: ImportError: libfoo.so:"
+        assert death_reason(3, "") == "ended with code 3: it said nothing"
+
+    def test_answers_errors_and_prints(self, tmp_path):
+        child = start_child(tmp_path)
+        try:
+            assert child.ask("double", 30, value=21) == 42
+            with pytest.raises(ChildFailed, match="^ValueError: no such thing$"):
+                child.ask("fail", 30)
+            assert child.ask("double", 30, value="ab") == "abab"
+        finally:
+            child.close()
+        assert "printed\n" in (tmp_path / "log").read_text()
+
+    def test_is_stopped_between_two_questions(self, tmp_path):
+        child = start_child(tmp_path)
+        try:
+            child.ask("double", 30, value=1)
+            state = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+            assert state == "T"
+        finally:
+            child.close()
+
+    def test_a_death_is_told(self, tmp_path):
+        child = start_child(tmp_path)
+        try:
+            with pytest.raises(ChildFailed, match="ended with code 7: SomeError: the reason"):
+                child.ask("die", 30)
+            with pytest.raises(ChildFailed, match="ended with code 7"):
+                child.ask("double", 30, value=1)
+        finally:
+            child.close()
+
+    def test_silence_is_told(self, tmp_path):
+        child = start_child(tmp_path)
+        try:
+            with pytest.raises(ChildFailed, match="gave no answer to 'hang' in time"):
+                child.ask("hang", 0.2)
+        finally:
+            child.close()
+
+
+SERVED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from json_lines import serve
+
+class Served:
+    def double(self, value):
+        print("printed")
+        return value * 2
+    def fail(self):
+        raise ValueError("no such thing")
+    def die(self):
+        sys.stderr.write("SomeError: the reason\\n")
+        os._exit(7)
+    def hang(self):
+        signal.pause()
+
+serve(Served())
+"""
+
+
+def start_child(tmp_path: Path) -> Child:
+    script = tmp_path / "served.py"
+    script.write_text(SERVED)
+    return Child([sys.executable, "-u", str(script), str(BENCHMARKS / "peers")], dict(os.environ), tmp_path / "log")
