@@ -60,6 +60,7 @@ class Report:
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)     # name → what it says of itself
     missing: dict[str, str] = field(default_factory=dict)                # name → why it did not run
     notes: list[str] = field(default_factory=list)
+    sections: list[str] = field(default_factory=list)                    # Markdown below the tables
     watch: machine.Watch = field(default_factory=machine.Watch)
 
     def add(self, case: Case, engine: str, metric: str, value: float, number: int = 0) -> None:
@@ -130,6 +131,7 @@ class Report:
         parts.append(f"CPU pressure {watched['pressure_before']:.0f} % before, {watched['pressure_after']:.0f} % after;"
                      f" processes of others used {watched['others_cores']:.2f} cores meanwhile")
         parts += [self._wide_table()] if self.wide else [self._table(metric) for metric in self.metrics if self.rows(metric.name)]
+        parts += self.sections
         if self.missing:
             parts.append("Not run:\n" + "\n".join(f"- {name}: {reason}" for name, reason in self.missing.items()))
         if self.notes:
@@ -151,6 +153,8 @@ class Report:
         lines = [header(self.case_name, "engine", *(metric.title for metric in self.metrics))]
         for case, engine in self.rows():
             cells = [self.values(case, engine, metric.name) for metric in self.metrics]
+            if not any(cells):
+                continue             # measured something that is told elsewhere
             lines.append(row(case, engine, *(number(statistics.median(values), metric.digits) if values else ""
                                              for metric, values in zip(self.metrics, cells))))
         return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The pure parts of the benchmarks: reports, modes, workloads, reasons, percentiles."""
 
+import argparse
 import json
 import os
 import sys
@@ -12,6 +13,9 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import workload
 from child import Child, ChildFailed, death_reason
+from engines import Mode, NotRunning, Result, checked, parse_mode
+from peer_process import PEERS
+from percentiles import Stream, summary_ms, tokens_per_s
 from report import Metric, Report
 
 RATE, DELAY = Metric("rate", "tokens/s"), Metric("delay", "s", higher_is_better=False, digits=2)
@@ -172,3 +176,58 @@ def start_child(tmp_path: Path) -> Child:
     script = tmp_path / "served.py"
     script.write_text(SERVED)
     return Child([sys.executable, "-u", str(script), str(BENCHMARKS / "peers")], dict(os.environ), tmp_path / "log")
+
+
+class TestModes:
+    def test_flags_get_their_types(self):
+        mode = parse_mode("fast one: dtype=bfloat16 --max-num-seqs=8 enable-prefix-caching=true watermark=0.1")
+        assert mode == Mode("fast one", {"dtype": "bfloat16", "max_num_seqs": 8, "enable_prefix_caching": True, "watermark": 0.1})
+        assert parse_mode("plain:") == Mode("plain", {})
+
+    @pytest.mark.parametrize("text, message", [
+        ("bf16", "allowed: 'NAME: key=value key=value'"), (": dtype=auto", "allowed: 'NAME:"), ("a: dtype", "allowed: 'NAME:"),
+        ("new: no-such-flag=8", "new: this engine has no setting 'no_such_flag'; it has: .*dtype"),
+        ("new: dtype=float8", "new: dtype: was 'float8'; allowed: auto, float32"),
+        ("new: max-num-seqs=many", "new: FOLOVLLM_MAX_NUM_SEQS: was 'many'"),
+    ])
+    def test_what_is_wrong_is_said(self, text, message):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            parse_mode(text)
+
+    def test_half_the_work_is_no_result(self):
+        work = [([1, 2], 3), ([4], 5)]
+        assert checked(Result(2.0, [3, 5], None), work).rate == 4.0
+        with pytest.raises(NotRunning, match="gave 4 tokens for request 1 instead of 5"):
+            checked(Result(2.0, [3, 4], None), work)
+
+
+class TestPeers:
+    def test_why_a_peer_does_not_run(self, tmp_path):
+        openvino = PEERS["openvino"]
+        assert openvino.why_not(None) == "no --peers DIR was given"
+        assert "not installed in" in openvino.why_not(tmp_path)
+        (tmp_path / "openvino").mkdir()
+        (tmp_path / "openvino" / "installed").touch()
+        assert openvino.why_not(tmp_path) is None
+        assert PEERS["transformers"].why_not(None) is None
+
+    def test_adapters_exist(self):
+        for peer in PEERS.values():
+            assert (BENCHMARKS / "peers" / peer.adapter).is_file()
+
+
+class TestPercentiles:
+    def test_of_one_stream(self):
+        stream = Stream(1.0, [1.5, 1.6, 1.6, 1.6, 1.9])
+        assert stream.ttft_s == 0.5
+        assert stream.tpot_s == pytest.approx(0.1)
+        assert stream.gaps_s() == pytest.approx([0.1, 0.3])
+        assert Stream(0.0, [2.0]).tpot_s is None and Stream(0.0, [2.0]).gaps_s() == []
+
+    def test_summary(self):
+        streams = [Stream(float(i), [i + 0.001 * (i + 1), i + 0.001 * (i + 1) + 0.2]) for i in range(101)]
+        found = summary_ms(streams)
+        assert [round(found[f"TTFT p{q}"], 6) for q in (50, 90, 99)] == [51.0, 91.0, 100.0]
+        assert found["TPOT p50"] == pytest.approx(200) and found["ITL p99"] == pytest.approx(200)
+        assert tokens_per_s(streams) == pytest.approx(202 / 100.301)
+        assert "TPOT p50" not in summary_ms([Stream(0.0, [2.0])])
