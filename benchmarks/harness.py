@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -116,7 +117,7 @@ class Session:
     def come_to_rest(self) -> None:
         """Until no loaded engine computes; says so in the report when one does not stop."""
         deadline_s = time.monotonic() + REST_LIMIT_S
-        while True:
+        while any(engine.pid() is not None for engine in self.engines):
             before_s = self._others_cpu_s(None)
             time.sleep(REST_WINDOW_S)
             share = (self._others_cpu_s(None) - before_s) / REST_WINDOW_S
@@ -138,10 +139,12 @@ class Session:
             engine.close()
 
     def __enter__(self) -> Session:
+        self._on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)     # so that engines are closed
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _others_cpu_s(self, engine: Engine | None) -> float:
         return sum(tree_cpu_s(other.pid()) for other in self.engines if other is not engine and other.pid() is not None)

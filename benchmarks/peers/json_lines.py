@@ -7,14 +7,21 @@ print goes to stderr, which the parent keeps as a log.  The end of stdin is the 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from typing import Any
 
 
+PR_SET_PDEATHSIG = 1
+
+
 def serve(served: Any) -> None:
     """Answer until stdin ends; an exception is an answer too."""
+    # a parent that was killed leaves us stopped, where we see no end of stdin
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     requests = os.fdopen(os.dup(0), encoding="utf-8")

@@ -11,12 +11,14 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import harness
 import workload
 from child import Child, ChildFailed, death_reason
 from engines import Mode, NotRunning, Result, checked, parse_mode
 from peer_process import PEERS
 from percentiles import Stream, summary_ms, tokens_per_s
 from report import Metric, Report
+from speculation import KINDS
 
 RATE, DELAY = Metric("rate", "tokens/s"), Metric("delay", "s", higher_is_better=False, digits=2)
 WATCHED = {"pressure_before": 3.0, "pressure_after": 80.0, "seconds": 1.0, "others_cores": 0.02}
@@ -231,3 +233,70 @@ class TestPercentiles:
         assert found["TPOT p50"] == pytest.approx(200) and found["ITL p99"] == pytest.approx(200)
         assert tokens_per_s(streams) == pytest.approx(202 / 100.301)
         assert "TPOT p50" not in summary_ms([Stream(0.0, [2.0])])
+
+
+class FakeEngine:
+    """Writes down its turns; fails in its ``fails_at``th one."""
+
+    is_ours, one_at_a_time = False, False
+
+    def __init__(self, name: str, turns: list[str], fails_at: int | None = None) -> None:
+        self.name, self._turns, self._fails_at, self.closed, self.loaded = name, turns, fails_at, False, 0
+
+    def load(self, target, width, serving=False):
+        self.loaded += 1
+        return {"width": width}
+
+    def run(self, work, one_by_one=False):
+        self._turns.append(self.name)
+        if self._turns.count(self.name) == self._fails_at:
+            raise NotRunning("broke")
+        return Result(2.0, [count for _, count in work], None)
+
+    def pid(self):
+        return None
+
+    def close(self):
+        self.closed = True
+
+
+class TestSession:
+    def make(self, tmp_path: Path, engines: list[FakeEngine], rounds: int) -> harness.Session:
+        arguments = harness.parser("").parse_args(["--rounds", str(rounds), "--model", str(tmp_path), "--out", str(tmp_path)])
+        report = harness.new_report("fake", "width", [RATE], arguments)
+        return harness.Session(arguments, report, engines)
+
+    def test_order_turns_round_and_warm_ups_do_not_count(self, tmp_path):
+        turns: list[str] = []
+        with self.make(tmp_path, [FakeEngine("a", turns), FakeEngine("b", turns)], rounds=3) as session:
+            session.load(4, warm=False)
+            session.alternate(4, lambda engine: {"rate": engine.run([([1], 6)]).rate}, warm_ups=1)
+        assert turns == ["b", "a", "a", "b", "b", "a", "a", "b"]
+        assert session.report.values(4, "a", "rate") == [3.0] * 3
+        assert session.report.engines["a"]["width"] == 4
+
+    def test_one_that_fails_is_named_and_the_others_go_on(self, tmp_path):
+        turns: list[str] = []
+        bad, good = FakeEngine("bad", turns, fails_at=2), FakeEngine("good", turns)
+        with self.make(tmp_path, [bad, good], rounds=3) as session:
+            session.load(4, warm=False)
+            session.alternate(4, lambda engine: {"rate": engine.run([([1], 6)]).rate})
+            assert bad.closed and not good.closed
+        assert session.report.missing == {"bad": "at width 4: broke"}
+        assert (len(session.report.values(4, "bad", "rate")), len(session.report.values(4, "good", "rate"))) == (1, 3)
+        assert good.closed
+
+    def test_decode_alone_is_without_the_prefills(self):
+        class Engine:
+            def run(self, work, one_by_one):
+                assert one_by_one
+                return Result(sum(1.0 + 0.1 * (count - 1) for _, count in work), [count for _, count in work], None)
+
+        found = harness.whole_and_decode(Engine(), [([1, 2], 11), ([3], 21)], "whole", "decode")
+        assert found == {"whole": pytest.approx(32 / 5), "decode": pytest.approx(10.0)}
+        assert harness.positive("rate", 5, -0.1) == {}
+
+
+def test_the_prompts_are_twenty_of_three_kinds():
+    names = [path.stem for path in sorted((BENCHMARKS / "prompts").glob("*.txt"))]
+    assert len(names) == 20 and {name.split("_")[0] for name in names} == set(KINDS)
