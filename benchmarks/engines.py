@@ -37,6 +37,7 @@ class Target:
     gguf: Path                    # the same model as GGUF
     threads: int
     max_model_len: int            # tokens
+    is_default: bool = False      # the checkpoint is the default model's: ours finds it by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class OurEngine:
 
     def flags(self, target: Target, width: int) -> dict[str, Any]:
         """Keywords of LLMEngine, flags of launch.py: the mode's win."""
-        return {"model": str(target.checkpoint), "enable_prefix_caching": False, "num_threads": target.threads,
+        return {"model": "default" if target.is_default else str(target.checkpoint), "enable_prefix_caching": False, "num_threads": target.threads,
                 "max_model_len": target.max_model_len, "max_num_seqs": width} | self.mode.flags
 
     def load(self, target: Target, width: int, serving: bool = False) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def modes(arguments: argparse.Namespace) -> list[Mode]:
 
 def target(arguments: argparse.Namespace) -> Target:
     checkpoint = (arguments.model or directory()).absolute()
-    return Target(checkpoint, (arguments.gguf or checkpoint / GGUF_NAME).absolute(), arguments.threads, arguments.max_model_len)
+    return Target(checkpoint, (arguments.gguf or checkpoint / GGUF_NAME).absolute(), arguments.threads, arguments.max_model_len,
+                  is_default=arguments.model is None)
 
 
 def engines(arguments: argparse.Namespace) -> list[Engine]:

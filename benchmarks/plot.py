@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 2
 SIZE_INCHES = (6.5, 4.2)      # of one metric
+LEGEND_ROOM = 1.3             # above bars
 
 
 def draw(report: Report, path: Path) -> Path | None:
@@ -61,7 +62,7 @@ def _draw_metric(axis: Any, report: Report, metric: Metric) -> None:
         axis.minorticks_off()
     else:
         axis.set_xticks(range(len(cases)), [str(case) for case in cases], rotation=20 if len(cases) > 4 else 0)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, axis.get_ylim()[1] * (1 if numeric else LEGEND_ROOM))
     axis.set_xlabel(report.case_name)
     axis.set_ylabel(metric.unit)
     axis.set_title(metric.name, fontsize=10)

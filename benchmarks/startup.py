@@ -49,7 +49,7 @@ def our_times(engine: OurEngine, target: Target, first_start: bool = False) -> d
     with tempfile.TemporaryDirectory(prefix="folovllm-") as private:
         env = dict(os.environ)
         if first_start:
-            env["FOLOVLLM_CACHE_DIR"], flags["model"] = f"{private}/cache", "default"
+            env["FOLOVLLM_CACHE_DIR"] = f"{private}/cache"
         config = settings.from_values(flags | {"run_dir": f"{private}/run"})
         started_s = time.perf_counter()
         with open(f"{private}/log", "wb") as log:
@@ -134,7 +134,7 @@ def main() -> None:
         except OSError as error:
             report.note(f"no cold starts: the page cache could not be dropped ({error}); it takes root")
     if "first" in arguments.cases:
-        if arguments.model is not None:
+        if not starts.target.is_default:
             report.note("no very first starts: they are of the default model")
         else:
             starts.measure("very first", lambda engine: our_times(engine, starts.target, first_start=True),
