@@ -48,6 +48,8 @@ async def serve_ours(run_dir: str, work: Work, due_s: list[float]) -> list[list[
 
 def serve(engine: Engine, work: Work, due_s: list[float]) -> list[Stream]:
     """Raises NotRunning where a stream is not whole."""
+    if engine.one_at_a_time:
+        raise NotRunning("takes one request at a time: it does not serve")
     if isinstance(engine, OurEngine):
         try:
             times_s = asyncio.run(serve_ours(str(engine.engine.run_dir.path), work, due_s))

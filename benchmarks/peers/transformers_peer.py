@@ -31,9 +31,6 @@ class Transformers:
             token_ids.append(out[0, len(prompt):].tolist())
         return {"seconds": time.perf_counter() - started_s, "counts": [len(ids) for ids in token_ids], "token_ids": token_ids}
 
-    def serve(self, **_: Any) -> dict[str, Any]:
-        raise NotImplementedError("one request at a time: it does not serve")
-
 
 if __name__ == "__main__":
     serve(Transformers())
