@@ -89,6 +89,14 @@ def test_a_row_of_zeros_stays_one(kernels):
     assert not found.values.any() and not found.scales.any()
 
 
+@pytest.mark.parametrize("top", [1e-37, 1e-40])
+def test_what_is_too_small_for_a_scale_becomes_zero(kernels, top):
+    x = rows(2) * (top / 1e4)
+    for output in (Output.PER_TOKEN, Output.PER_GROUP):
+        found = kernels.quantize(x, output)
+        assert not found.values.any() and not found.sums.any() and torch.isfinite(found.scales).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_makes_its_own_row_so(kernels, bad):
     x = rows(3)
