@@ -8,8 +8,6 @@ namespace folo {
 
 namespace {
 
-constexpr int MAX_WIDTH = 32768;    // inputs of a product: a row's scratch lies on the stack
-
 template <typename T>
 void hand_on(const float* row, int64_t r, int width, Output output, T* rows, QuantizedRows to) {
     switch (output) {
@@ -17,11 +15,12 @@ void hand_on(const float* row, int64_t r, int width, Output output, T* rows, Qua
             for (int i = 0; i < width; i += LANES) store_from_float(rows + r * width + i, load(row + i));
             return;
         case Output::per_token:
-            quantize(row, width, to.values + r * width, to.scales + r);
+            quantize(row, width, to.values + r * width, to.scales + r, to.sums + r);
             return;
         case Output::per_group:
             for (int g = 0; g < width / GROUP; ++g) {
-                quantize(row + g * GROUP, GROUP, to.values + r * width + g * GROUP, to.scales + r * (width / GROUP) + g);
+                const int64_t group = r * (width / GROUP) + g;
+                quantize(row + g * GROUP, GROUP, to.values + group * GROUP, to.scales + group, to.sums + group);
             }
     }
 }
@@ -87,24 +86,24 @@ using namespace folo;
 
 template <typename T>
 static void run_add_norm(void* hidden, const void* added, const void* weight, float eps, int rows, int width, int output,
-                         void* normed, int8_t* values, float* scales, int threads) {
+                         void* normed, int8_t* values, float* scales, int32_t* sums, int threads) {
     const NormArguments<T> a{static_cast<T*>(hidden), static_cast<const T*>(added), static_cast<const T*>(weight), eps, rows, width,
-                             static_cast<Output>(output), static_cast<T*>(normed), {values, scales}};
+                             static_cast<Output>(output), static_cast<T*>(normed), {values, scales, sums}};
     run_team(threads, [&](Team& team) { add_norm(team, a); });
 }
 
 template <typename T>
 static void run_silu_multiply(const void* gate_up, int rows, int width, int output, void* activated, int8_t* values,
-                              float* scales, int threads) {
+                              float* scales, int32_t* sums, int threads) {
     const ActivationArguments<T> a{static_cast<const T*>(gate_up), rows, width, static_cast<Output>(output),
-                                   static_cast<T*>(activated), {values, scales}};
+                                   static_cast<T*>(activated), {values, scales, sums}};
     run_team(threads, [&](Team& team) { silu_multiply(team, a); });
 }
 
 template <typename T>
-static void run_quantize_rows(const void* x, int rows, int width, int output, int8_t* values, float* scales, int threads) {
+static void run_quantize_rows(const void* x, int rows, int width, int output, int8_t* values, float* scales, int32_t* sums, int threads) {
     run_team(threads, [&](Team& team) {
-        quantize_rows(team, static_cast<const T*>(x), rows, width, static_cast<Output>(output), QuantizedRows{values, scales});
+        quantize_rows(team, static_cast<const T*>(x), rows, width, static_cast<Output>(output), QuantizedRows{values, scales, sums});
     });
 }
 
@@ -112,17 +111,17 @@ static void run_quantize_rows(const void* x, int rows, int width, int output, in
 extern "C" {
 
 void folo_add_norm(int is_bf16, void* hidden, const void* added, const void* weight, float eps, int rows, int width, int output,
-                   void* normed, int8_t* values, float* scales, int threads) {
-    (is_bf16 ? run_add_norm<bf16> : run_add_norm<float>)(hidden, added, weight, eps, rows, width, output, normed, values, scales, threads);
+                   void* normed, int8_t* values, float* scales, int32_t* sums, int threads) {
+    (is_bf16 ? run_add_norm<bf16> : run_add_norm<float>)(hidden, added, weight, eps, rows, width, output, normed, values, scales, sums, threads);
 }
 
 void folo_silu_multiply(int is_bf16, const void* gate_up, int rows, int width, int output, void* activated, int8_t* values,
-                        float* scales, int threads) {
-    (is_bf16 ? run_silu_multiply<bf16> : run_silu_multiply<float>)(gate_up, rows, width, output, activated, values, scales, threads);
+                        float* scales, int32_t* sums, int threads) {
+    (is_bf16 ? run_silu_multiply<bf16> : run_silu_multiply<float>)(gate_up, rows, width, output, activated, values, scales, sums, threads);
 }
 
-void folo_quantize_rows(int is_bf16, const void* x, int rows, int width, int output, int8_t* values, float* scales, int threads) {
-    (is_bf16 ? run_quantize_rows<bf16> : run_quantize_rows<float>)(x, rows, width, output, values, scales, threads);
+void folo_quantize_rows(int is_bf16, const void* x, int rows, int width, int output, int8_t* values, float* scales, int32_t* sums, int threads) {
+    (is_bf16 ? run_quantize_rows<bf16> : run_quantize_rows<float>)(x, rows, width, output, values, scales, sums, threads);
 }
 
 }

@@ -1,7 +1,8 @@
 """Norm, activation and quantization of rows by the compiled kernels.
 
 Used by the models on a CPU.  Rows are float32 or bfloat16, contiguous, their width a multiple
-of 32; quantized rows are int8 with one float32 scale a row, or one for each group of 32.
+of 32; quantized rows are int8 with one float32 scale a row, or one for each group of 32, and the
+sums of the values beside them (products of unsigned weights want those).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class QuantizedRows:
 
     values: Tensor           # int8 [rows, width], in [-127, 127]
     scales: Tensor           # float32 [rows] or [rows, width // 32]
+    sums: Tensor             # int32, likewise: of the values
 
 
 class Elementwise:
@@ -60,8 +62,8 @@ class Elementwise:
         """Rows as they stand."""
         rows, width = x.shape
         result = _result(x, width, output)
-        _, values, scales = _addresses(result)
-        self._functions.folo_quantize_rows(_is_bf16(x), x.data_ptr(), rows, width, output, values, scales, self._threads)
+        _, *addresses = _addresses(result)
+        self._functions.folo_quantize_rows(_is_bf16(x), x.data_ptr(), rows, width, output, *addresses, self._threads)
         return result
 
 
@@ -70,14 +72,14 @@ def _result(x: Tensor, width: int, output: Output) -> Tensor | QuantizedRows:
     rows = x.shape[0]
     if output is Output.ROWS:
         return x.new_empty(rows, width)
-    scales = (rows,) if output is Output.PER_TOKEN else (rows, width // GROUP)
-    return QuantizedRows(torch.empty(rows, width, dtype=torch.int8), torch.empty(scales))
+    parts = (rows,) if output is Output.PER_TOKEN else (rows, width // GROUP)
+    return QuantizedRows(torch.empty(rows, width, dtype=torch.int8), torch.empty(parts), torch.empty(parts, dtype=torch.int32))
 
 
-def _addresses(result: Tensor | QuantizedRows) -> tuple[int | None, int | None, int | None]:
+def _addresses(result: Tensor | QuantizedRows) -> tuple[int | None, int | None, int | None, int | None]:
     if isinstance(result, QuantizedRows):
-        return None, result.values.data_ptr(), result.scales.data_ptr()
-    return result.data_ptr(), None, None
+        return None, result.values.data_ptr(), result.scales.data_ptr(), result.sums.data_ptr()
+    return result.data_ptr(), None, None, None
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from gpu_worker.kernels.build import Level, best_level, build, cpu_flags
 
 _ADDRESS, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    # is_bf16, hidden, added, weight, eps, rows, width, output, normed, values, scales, threads
-    "folo_add_norm": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _FLOAT, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
-    # is_bf16, gate_up, rows, width, output, activated, values, scales, threads
-    "folo_silu_multiply": (_INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
-    # is_bf16, x, rows, width, output, values, scales, threads
-    "folo_quantize_rows": (_INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _INT),
+    # is_bf16, hidden, added, weight, eps, rows, width, output, normed, values, scales, sums, threads
+    "folo_add_norm": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _FLOAT, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    # is_bf16, gate_up, rows, width, output, activated, values, scales, sums, threads
+    "folo_silu_multiply": (_INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    # is_bf16, x, rows, width, output, values, scales, sums, threads
+    "folo_quantize_rows": (_INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
     # plan (out)
     "folo_plan_new": (_ADDRESS,),
     # plan
@@ -30,6 +30,12 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "folo_attend": (_ADDRESS,),
     # FoloRopeStore
     "folo_rope_and_store": (_ADDRESS,),
+    # is_bf16, weight, input, y, threads
+    "folo_linear": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    # model, tokens, bytes (out)
+    "folo_decoder_scratch_bytes": (_ADDRESS, _INT, _ADDRESS),
+    # model, step
+    "folo_decode": (_ADDRESS, _ADDRESS),
 }
 
 

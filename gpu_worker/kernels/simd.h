@@ -65,6 +65,7 @@ inline __m128 lowest_four(F32 x) { return _mm512_castps512_ps128(x); }
 inline __m256 half_max(F32 x) { return _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 inline __m256 half_add(F32 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 inline __m256i half_max(I32 x) { return _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti32x8_epi32(x, 1)); }
+inline __m256i half_add(I32 x) { return _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti32x8_epi32(x, 1)); }
 
 #else
 
@@ -124,6 +125,7 @@ inline __m128 lowest_four(F32 x) { return _mm256_castps256_ps128(x); }
 inline __m256 half_max(F32 x) { return x; }
 inline __m256 half_add(F32 x) { return x; }
 inline __m256i half_max(I32 x) { return x; }
+inline __m256i half_add(I32 x) { return x; }
 
 #endif
 
@@ -142,6 +144,13 @@ inline float max_of(F32 x) {        // any number where a lane is NaN
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
+inline int32_t sum_of(I32 x) {
+    const __m256i eight = half_add(x);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
 inline int32_t max_of(I32 x) {

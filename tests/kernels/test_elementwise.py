@@ -31,6 +31,10 @@ def dequantized(found: QuantizedRows):
     return found.values.double() * scales.repeat_interleave(width // scales.shape[1], 1).double()
 
 
+def same(one: QuantizedRows, other: QuantizedRows):
+    return torch.equal(one.values, other.values) and torch.equal(one.scales, other.scales) and torch.equal(one.sums, other.sums)
+
+
 def tolerance(dtype):
     return {torch.float32: 2e-6, torch.bfloat16: 8e-3}[dtype]
 
@@ -63,6 +67,7 @@ def test_quantized_to_the_nearest(kernels, dtype, output):
     found = kernels.quantize(x, output)
     steps = found.scales.reshape(6, -1).double().repeat_interleave(WIDTH // found.scales.reshape(6, -1).shape[1], 1)
     assert found.values.abs().max() == 127
+    assert torch.equal(found.sums, found.values.reshape(*found.sums.shape, -1).sum(-1, dtype=torch.int32))
     assert ((dequantized(found) - x.double()).abs() <= steps * 0.50001).all()
     assert torch.equal(kernels.add_norm(x.clone(), None, torch.ones(WIDTH, dtype=dtype), 1e-5, output).values.abs().amax(1),
                        torch.full((6,), 127, dtype=torch.int8))
@@ -72,16 +77,24 @@ def test_quantized_to_the_nearest(kernels, dtype, output):
 def test_fused_is_equal_to_one_after_another(kernels, output):
     gate_up = rows(5, 2 * WIDTH)
     fused, apart = kernels.silu_multiply(gate_up, output), kernels.quantize(kernels.silu_multiply(gate_up), output)
-    assert torch.equal(fused.values, apart.values) and torch.equal(fused.scales, apart.scales)
+    assert same(fused, apart)
     hidden, weight = rows(5, seed=3), rows(1, seed=4)[0]
     fused = kernels.add_norm(hidden, None, weight, 1e-5, output)
     apart = kernels.quantize(kernels.add_norm(hidden, None, weight, 1e-5), output)
-    assert torch.equal(fused.values, apart.values) and torch.equal(fused.scales, apart.scales)
+    assert same(fused, apart)
 
 
 def test_a_row_of_zeros_stays_one(kernels):
     found = kernels.quantize(torch.zeros(2, WIDTH), Output.PER_TOKEN)
     assert not found.values.any() and not found.scales.any()
+
+
+@pytest.mark.parametrize("top", [1e-37, 1e-40])
+def test_what_is_too_small_for_a_scale_becomes_zero(kernels, top):
+    x = rows(2) * (top / 1e4)
+    for output in (Output.PER_TOKEN, Output.PER_GROUP):
+        found = kernels.quantize(x, output)
+        assert not found.values.any() and not found.sums.any() and torch.isfinite(found.scales).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
