@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.attention.interface import AttentionLayer, AttentionMetadata
-from gpu_worker.kernels.attention import ACTIVATIONS, HEAD_DIM_MULTIPLE, KV_TYPES, MAX_HEAD_DIM, AttendCall, Batch, Heads, KVLayer, Plan, Shape
+from gpu_worker.kernels.attention import ACTIVATIONS, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, AttendCall, Batch, Heads, KVLayer, Plan, Shape
 from gpu_worker.kernels.library import Library
 from gpu_worker.kv_cache import KVCache
 
@@ -28,13 +28,12 @@ class CpuAttention:
         self._free: list[Plan] = []
 
     @staticmethod
-    def lacks(layers: tuple[AttentionLayer, ...], dtype: torch.dtype, kv_dtype: torch.dtype) -> str | None:
-        """What these layers ask for and the kernels lack; None where they can be used."""
-        if dtype not in ACTIVATIONS or kv_dtype not in KV_TYPES:
-            return f"{dtype if dtype not in ACTIVATIONS else kv_dtype} is not among their types"
-        for layer in layers:
-            if layer.head_dim % HEAD_DIM_MULTIPLE or layer.head_dim > MAX_HEAD_DIM:
-                return f"heads of {layer.head_dim} are not multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}"
+    def lacks_heads(head_dim: int, dtype: torch.dtype) -> str | None:
+        """What such heads ask for and the kernels lack; None where they can be used."""
+        if dtype not in ACTIVATIONS:
+            return f"{dtype} is not among their types"
+        if head_dim % HEAD_DIM_MULTIPLE or head_dim > MAX_HEAD_DIM:
+            return f"heads of {head_dim} are not multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}"
         return None
 
     def begin(self, metadata: AttentionMetadata, kv: KVCache) -> _CpuStep:
@@ -59,9 +58,7 @@ class _CpuStep:
 
     def __init__(self, metadata: AttentionMetadata, kv: KVCache, backend: CpuAttention) -> None:
         self._metadata, self._kv, self._backend = metadata, kv, backend
-        meta = metadata
-        self._batch = Batch(len(meta.query_lens_host), meta.query_start_loc.data_ptr(), meta.seq_lens.data_ptr(),
-                            meta.block_table.data_ptr(), meta.block_table.stride(0))
+        self._batch = batch_of(metadata)
         self._plans: dict[tuple[int, ...], Plan] = {}
 
     def __del__(self) -> None:
@@ -81,3 +78,9 @@ class _CpuStep:
         if shape not in self._plans:
             self._plans[shape] = self._backend.plan(Shape(*shape), self._batch)
         return self._plans[shape]
+
+
+def batch_of(metadata: AttentionMetadata) -> Batch:
+    """The step's rows as the kernels see them; ``metadata`` must outlive it."""
+    return Batch(len(metadata.query_lens_host), metadata.query_start_loc.data_ptr(), metadata.seq_lens.data_ptr(),
+                 metadata.block_table.data_ptr(), metadata.block_table.stride(0))

@@ -15,12 +15,12 @@ void hand_on(const float* row, int64_t r, int width, Output output, T* rows, Qua
             for (int i = 0; i < width; i += LANES) store_from_float(rows + r * width + i, load(row + i));
             return;
         case Output::per_token:
-            quantize(row, width, to.values + r * width, to.scales + r, to.sums + r);
+            to.sums[r] = quantize(row, width, to.values + r * width, to.scales + r);
             return;
         case Output::per_group:
             for (int g = 0; g < width / GROUP; ++g) {
                 const int64_t group = r * (width / GROUP) + g;
-                quantize(row + g * GROUP, GROUP, to.values + group * GROUP, to.scales + group, to.sums + group);
+                to.sums[group] = quantize(row + g * GROUP, GROUP, to.values + group * GROUP, to.scales + group);
             }
     }
 }

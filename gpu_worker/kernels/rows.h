@@ -21,9 +21,9 @@ struct QuantizedRows {
 
 // One row, or one group of it, to int8: symmetric, to nearest. Not-finite input makes the scale
 // so, and with it every product of the row: it fails there, alone. Where 127 / the largest would be
-// infinite, the values are zeros.
+// infinite, the values are zeros. Returns the values' sum.
 template <typename T>
-inline void quantize(const T* x, int width, int8_t* values, float* scale, int32_t* sum) {
+inline int32_t quantize(const T* x, int width, int8_t* values, float* scale) {
     I32 largest = set1i(0);          // of the bits of |x|: NaN is above infinity, infinity above all
     for (int i = 0; i < width; i += LANES) largest = maxi(largest, andi(as_int(load_as_float(x + i)), set1i(0x7fffffff)));
     const float top = bits_as_float(max_of(largest));
@@ -35,7 +35,7 @@ inline void quantize(const T* x, int width, int8_t* values, float* scale, int32_
         all = addi(all, rounded);
     }
     *scale = top / 127.0f;
-    *sum = sum_of(all);
+    return sum_of(all);
 }
 
 }  // namespace folo
