@@ -51,9 +51,10 @@ def load_worker(config: EngineConfig) -> LoadedWorker:
     num_threads = choose_threads(config.model.num_threads)
     torch.set_num_threads(num_threads)
     model = load_model(Path(config.model_dir), dtype=config.model.dtype, quantization=config.model.quantization, device=device,
+                       kv_cache_dtype=config.model.kv_cache_dtype,
                        max_model_len=config.model.max_model_len, num_threads=num_threads)
     loaded = time.perf_counter()
-    buckets = RowBuckets(enabled=os.environ.get(NO_ROW_PADDING) != "1")
+    buckets = RowBuckets(enabled=model.pads_rows and os.environ.get(NO_ROW_PADDING) != "1")
     fingerprint = _fingerprint(model, device, num_threads, buckets)
     verdict = self_check(model, buckets, fingerprint, config.scheduler.max_num_seqs)
     _log(verdict, model, device)
@@ -80,8 +81,9 @@ def _log(verdict: Verdict, model: LoadedModel, device: torch.device) -> None:
 
 def _fingerprint(model: LoadedModel, device: torch.device, num_threads: int, buckets: RowBuckets) -> str:
     """Equal where equal requests give equal bits: everything that chooses an arithmetic."""
-    return _joined(model.weights_fingerprint, str(model.spec.dtype), str(model.spec.kv_dtype), str(model.spec.quantization), model.spec.backend, model.attention.name, *arithmetic(device),
-                   str(num_threads), torch.__version__, str(buckets.enabled))
+    spec = model.spec
+    return _joined(model.weights_fingerprint, str(spec.dtype), str(spec.kv_dtype), str(spec.quantization), spec.backend,
+                   model.attention.name, *arithmetic(device), str(num_threads), torch.__version__, str(buckets.enabled))
 
 
 def _joined(*parts: str) -> str:

@@ -42,8 +42,7 @@ class PagedRequests:
         self._attention, self._layer, self._requests = attention, layer, requests
         blocks_each = [-(-len(tokens) // BLOCK_SIZE_TOKENS) for tokens in requests]
         self.kv = KVCache(ModelSpec("test", "decoder", (layer,), 1, 1, 1, dtype, (), True), sum(blocks_each), dtype, CPU)
-        self.kv.key[0].fill_(float("nan"))
-        self.kv.value[0].fill_(float("nan"))
+        self.kv.fill_with_nan()
         ids = np.random.default_rng(seed).permutation(sum(blocks_each)).astype(np.int32)
         self.blocks = np.split(ids, np.cumsum(blocks_each)[:-1])
 

@@ -52,8 +52,10 @@ class _Layer:
 class Decoder:
     """The whole model: embedding, layers, final norm, head."""
 
+    pads_rows = True
+
     def __init__(self, config: DecoderConfig, parts: DecoderParts, *, device: torch.device, max_model_len: int,
-                 eos_token_ids: tuple[int, ...], attention: AttentionBackend) -> None:
+                 eos_token_ids: tuple[int, ...], attention: AttentionBackend, kv_dtype: torch.dtype | None = None) -> None:
         self.attention, self.weights_fingerprint = attention, parts.fingerprint
         top = parts.top()
         self._embedding, self._norm, self._head, self._eps = top.embedding, top.norm, top.head, config.rms_norm_eps
@@ -64,7 +66,7 @@ class Decoder:
             name=config.family, backend="decoder", layers=tuple(layer.attention for layer in self._layers),
             hidden_size=config.hidden_size, vocab_size=config.vocab_size, max_model_len=config.max_position, dtype=parts.dtype,
             eos_token_ids=eos_token_ids, supports_bit_exact=packs(parts.dtype, device), quantization=parts.quantization,
-            other_kv_dtype=parts.kv_dtype)
+            other_kv_dtype=kv_dtype or parts.kv_dtype)
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, positions: Tensor, attn: AttentionMetadata, kv: KVCache) -> Tensor:

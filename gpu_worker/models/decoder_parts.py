@@ -90,23 +90,45 @@ class DecoderParts(Protocol):
     def layer(self, index: int) -> LayerParts: ...
 
 
+class Products(Protocol):
+    """Makes of numbers what multiplies rows with them."""
+
+    def linear(self, affine: Affine) -> RowProduct: ...
+
+    def head(self, weight: Tensor) -> RowProduct:
+        """→ float32 logits."""
+        ...
+
+
+class TorchProducts:
+    """By torch's own libraries."""
+
+    def linear(self, affine: Affine) -> Linear:
+        return Linear(affine.weight, affine.bias)
+
+    def head(self, weight: Tensor) -> LMHead:
+        return LMHead(weight)
+
+
 class PlainParts:
     """The checkpoint's own weights, in one dtype."""
 
     quantization = None
 
-    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig, dtype: torch.dtype, device: torch.device, fingerprint: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig, dtype: torch.dtype, device: torch.device, fingerprint: str,
+                 products: Products) -> None:
         self.dtype = self.kv_dtype = dtype
+        self._products = products
         self.fingerprint = fingerprint
         self._checkpoint, self._config, self._device = checkpoint, config, device
 
     def top(self) -> TopParts:
         top = read_top(self._checkpoint, self._config, self.dtype, self._device)
-        return TopParts(top.embedding, top.norm, LMHead(top.head))
+        return TopParts(top.embedding, top.norm, self._products.head(top.head))
 
     def layer(self, index: int) -> LayerParts:
         layer = read_layer(self._checkpoint, self._config, index, self.dtype, self._device)
-        products = {name: Linear(affine.weight, affine.bias) for name in PROJECTIONS for affine in [getattr(layer, name)]}
+        products = {name: self._products.linear(getattr(layer, name)) for name in PROJECTIONS}
         return LayerParts(input_norm=layer.input_norm, query_norm=layer.query_norm, key_norm=layer.key_norm, mlp_norm=layer.mlp_norm,
                           **products)
 

@@ -12,22 +12,24 @@ from typing import Any
 
 import torch
 
-from gpu_worker.attention.interface import AttentionBackend
 from gpu_worker.attention.reference import ReferenceAttention
 from gpu_worker.models import decoder_config, weights
+from gpu_worker.models.cpu_kernels import CpuKernels
 from gpu_worker.models.decoder import Decoder
-from gpu_worker.models.decoder_parts import PlainParts
+from gpu_worker.models.decoder_parts import DecoderParts, PlainParts, TorchProducts
+from gpu_worker.models.kernel_decoder import KernelDecoder
 from gpu_worker.models.spec import LoadedModel, ModelError, ModelSpec
 from gpu_worker.product_dtype import onednn_multiplies
 from gpu_worker.quantization.modes import check_supported
 from gpu_worker.quantization.parts import QuantizedParts
+from gpu_worker.quantization.products import QuantizedLinear
 
 __all__ = ["LoadedModel", "ModelError", "ModelSpec", "load_model"]
 logger = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
-def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantization: str | None = None,
+def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantization: str | None = None, kv_cache_dtype: str = "auto",
                max_model_len: int | None = None, num_threads: int | None = None) -> LoadedModel:
     """The model in ``model_dir``, ready to run; ModelError names what is wrong with it.
 
@@ -39,8 +41,8 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
     config = weights.read_json(model_dir / "config.json", required=True)
     _check_config(config)
     generation_config = weights.read_json(model_dir / "generation_config.json", required=False)
-    settings: dict[str, Any] = {"device": device, "eos_token_ids": weights.eos_token_ids(config, generation_config),
-                                "attention": attention_backend(device)}
+    settings: dict[str, Any] = {"eos_token_ids": weights.eos_token_ids(config, generation_config),
+                                "kv_dtype": None if kv_cache_dtype == "auto" else DTYPES[kv_cache_dtype]}
     try:
         lean = decoder_config.read(config)
     except decoder_config.NotLean as reason:
@@ -49,23 +51,31 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
                              f" allowed: models of the families {', '.join(decoder_config.FAMILIES)}") from None
         logger.info("%s: run by the transformers backend: %s", model_dir, reason)
         from gpu_worker.models.transformers_backend import load_transformers_model   # slow to import, rarely needed
-        return load_transformers_model(model_dir, max_model_len=max_model_len,
+        return load_transformers_model(model_dir, max_model_len=max_model_len, device=device, attention=ReferenceAttention(),
                                        dtype=resolve_dtype(dtype, _checkpoint_dtype(config), device), **settings)
     settings["max_model_len"] = checked_max_model_len(max_model_len, lean.max_position)
+    kernels = CpuKernels.open(device, torch.get_num_threads())
+    chosen = resolve_dtype(dtype, _checkpoint_dtype(config), device, has_kernels=kernels is not None)
+    if kernels is not None and not kernels.run_decoder(lean, chosen):
+        kernels = None
     if quantization is not None:
         check_supported(quantization, lean, dtype, device)
-        return Decoder(lean, QuantizedParts(quantization, model_dir, lean, dtype), **settings)
+        product = QuantizedLinear if kernels is None else kernels.products.quantized
+        return _decoder(lean, QuantizedParts(quantization, model_dir, lean, dtype, product), kernels, device, settings)
     with weights.Checkpoint(model_dir) as checkpoint:
-        chosen = resolve_dtype(dtype, _checkpoint_dtype(config), device)
-        model = Decoder(lean, PlainParts(checkpoint, lean, chosen, device, weights.fingerprint(model_dir)), **settings)
+        products = TorchProducts() if kernels is None else kernels.products
+        parts = PlainParts(checkpoint, lean, chosen, device, weights.fingerprint(model_dir), products)
+        model = _decoder(lean, parts, kernels, device, settings)
         checkpoint.ignore("rotary_emb.inv_freq")
         checkpoint.check_all_taken()
     return model
 
 
-def attention_backend(device: torch.device) -> AttentionBackend:
-    """The attention to use on a device."""
-    return ReferenceAttention()
+def _decoder(config: decoder_config.DecoderConfig, parts: DecoderParts, kernels: CpuKernels | None, device: torch.device,
+             settings: dict[str, Any]) -> LoadedModel:
+    if kernels is None:
+        return Decoder(config, parts, device=device, attention=ReferenceAttention(), **settings)
+    return KernelDecoder(config, parts, kernels, **settings)
 
 
 def checked_max_model_len(asked: int | None, limit: int) -> int:
@@ -75,14 +85,15 @@ def checked_max_model_len(asked: int | None, limit: int) -> int:
     return limit if asked is None else asked
 
 
-def resolve_dtype(asked: str, stored: str | None, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 where it is fast, else float32; the log says when that differs from the checkpoint."""
+def resolve_dtype(asked: str, stored: str | None, device: torch.device, *, has_kernels: bool = False) -> torch.dtype:
+    """``auto``: bfloat16 where it is fast (by own kernels, or by torch), else float32; the log says when that
+    differs from the checkpoint."""
     if asked != "auto":
         if asked == "float16" and device.type == "cpu":
             logger.warning("dtype float16 on a CPU is many times slower than bfloat16 or float32")
         return DTYPES[asked]
     if device.type == "cpu":
-        chosen = "bfloat16" if onednn_multiplies(torch.bfloat16, device) else "float32"
+        chosen = "bfloat16" if has_kernels or onednn_multiplies(torch.bfloat16, device) else "float32"
     elif stored == "float16" or not torch.cuda.is_bf16_supported():
         chosen = "float16"
     else:

@@ -79,6 +79,7 @@ class LoadedModel(Protocol):
     spec: ModelSpec
     attention: AttentionBackend
     weights_fingerprint: str
+    pads_rows: bool                       # its products want buckets of rows (``row_buckets.py``)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attn: AttentionMetadata, kv: KVCache) -> Tensor:
         """int64 [num_padded_tokens] twice → hidden states [num_padded_tokens, hidden_size]."""

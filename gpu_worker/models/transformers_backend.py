@@ -86,6 +86,8 @@ class _GivenHidden(nn.Module):
 class TransformersModel:
     """A transformers model that runs on paged K/V."""
 
+    pads_rows = True
+
     def __init__(self, base: nn.Module, head: nn.Module, spec: ModelSpec, attention: AttentionBackend,
                  weights_fingerprint: str) -> None:
         self.spec, self.attention, self.weights_fingerprint = spec, attention, weights_fingerprint
@@ -113,7 +115,8 @@ class TransformersModel:
 
 
 def load_transformers_model(model_dir: Path, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None,
-                            eos_token_ids: tuple[int, ...], attention: AttentionBackend) -> TransformersModel:
+                            eos_token_ids: tuple[int, ...], attention: AttentionBackend,
+                            kv_dtype: torch.dtype | None = None) -> TransformersModel:
     """The model, proven by a probe; ModelError names what it lacks."""
     bridge.register()
     config = _read_config(model_dir)
@@ -132,7 +135,7 @@ def load_transformers_model(model_dir: Path, *, dtype: torch.dtype, device: torc
     spec = ModelSpec(
         name=config.model_type, backend="transformers", layers=layers, hidden_size=config.hidden_size,
         vocab_size=expected.shape[-1], max_model_len=limit, dtype=dtype, eos_token_ids=eos_token_ids,
-        supports_bit_exact=device.type == "cpu" and dtype != torch.float16 and not experts)
+        other_kv_dtype=kv_dtype, supports_bit_exact=device.type == "cpu" and dtype != torch.float16 and not experts)
     loaded = TransformersModel(base, head, spec, attention, fingerprint)
     _check_probe(loaded, probe_ids, expected)
     return loaded

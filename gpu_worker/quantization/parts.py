@@ -7,6 +7,7 @@ float32 is asked for: the cache is storage, whatever the CPU multiplies fast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from gpu_worker.models.decoder_config import DecoderConfig
 from gpu_worker.models.decoder_parts import PROJECTIONS, LayerParts, TopParts
+from gpu_worker.models.spec import RowProduct
 from gpu_worker.models.weights import files_fingerprint
 from gpu_worker.quantization import tensor_files
 from gpu_worker.quantization.modes import MODES, prepared
-from gpu_worker.quantization.products import QuantizedLinear
+from gpu_worker.quantization.products import Weight
+
+QuantizedProduct = Callable[[Weight, Tensor | None, int | None], RowProduct]     # of weight, bias, inputs that share a scale
 
 
 class QuantizedParts:
@@ -25,8 +29,9 @@ class QuantizedParts:
 
     dtype = torch.float32
 
-    def __init__(self, mode: str, model_dir: Path, config: DecoderConfig, dtype: str) -> None:
+    def __init__(self, mode: str, model_dir: Path, config: DecoderConfig, dtype: str, product: QuantizedProduct) -> None:
         self.quantization = mode
+        self._product = product
         self.kv_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
         self._folder, self._groups = prepared(mode, model_dir, config), MODES[mode].groups
         files = [tensor_files.path(self._folder, name)
@@ -42,6 +47,5 @@ class QuantizedParts:
         return LayerParts(**{name: tensors.get(name) for name in tensor_files.NORMS},
                           **{name: self._linear(name, tensors) for name in PROJECTIONS})
 
-    def _linear(self, name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
-        weight, bias = tensor_files.linear_from(name, tensors)
-        return QuantizedLinear(weight, bias, group=self._groups.get(name))
+    def _linear(self, name: str, tensors: dict[str, Tensor]) -> RowProduct:
+        return self._product(*tensor_files.linear_from(name, tensors), self._groups.get(name))

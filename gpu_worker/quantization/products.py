@@ -34,7 +34,7 @@ class QuantizedLinear:
 
     __slots__ = ("out_features", "in_features", "input_dtype", "weight", "bias", "group")
 
-    def __init__(self, weight: Weight, bias: Tensor | None = None, *, group: int | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None, group: int | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.input_dtype = torch.float32
         self.weight, self.bias, self.group = weight, bias, group

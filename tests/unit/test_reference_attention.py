@@ -78,7 +78,7 @@ def test_blocks_that_another_request_has_left(name: str) -> None:
     tokens = random_request(layer, 300, torch.float32, 1)
     batch = PagedRequests(ReferenceAttention(), layer, [tokens])
     for stale in (float("nan"), float("inf"), 3e38):
-        for tensor in (batch.kv.key[0], batch.kv.value[0]):
+        for tensor in batch.kv.layers[0].tensors():
             tensor.fill_(stale)
         check(batch.in_chunks(0, [100, 1, 1, 33, 165]), naive(layer, tokens), torch.float32)
 

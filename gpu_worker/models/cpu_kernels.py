@@ -1,0 +1,58 @@
+"""Whether a model runs on the compiled kernels here, and what they are made into for it.
+
+Asked by ``registry.py``.  Where they cannot be had the reason is a warning, and plain torch
+computes the same model more slowly, in an arithmetic of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from gpu_worker.attention.cpu import CpuAttention
+from gpu_worker.kernels.build import KernelsUnavailable
+from gpu_worker.kernels.elementwise import GROUP
+from gpu_worker.kernels.library import Library
+from gpu_worker.kernels.linear import MAX_INPUTS
+from gpu_worker.models.decoder_config import DecoderConfig
+from gpu_worker.models.decoder_parts import projection_shapes
+from gpu_worker.models.kernel_parts import KernelProducts
+
+logger = logging.getLogger(__name__)
+DISABLED = "FOLOVLLM_DISABLE_KERNELS"
+
+
+@dataclass(frozen=True, slots=True)
+class CpuKernels:
+    """The library, and its parts for a number of threads."""
+
+    library: Library
+    num_threads: int
+    attention: CpuAttention
+    products: KernelProducts
+
+    @classmethod
+    def open(cls, device: torch.device, num_threads: int) -> CpuKernels | None:
+        """None on other devices, where there are none, and where the environment switches them off."""
+        if device.type != "cpu" or os.environ.get(DISABLED) == "1":
+            return None
+        try:
+            library = Library.open()
+        except KernelsUnavailable as error:
+            logger.warning("no own CPU kernels, everything is several times slower: %s", error)
+            return None
+        return cls(library, num_threads, CpuAttention(library, num_threads), KernelProducts(library, num_threads))
+
+    @staticmethod
+    def run_decoder(config: DecoderConfig, dtype: torch.dtype) -> bool:
+        """Whether they know all that the lean decoder needs for a model."""
+        widths = {shape[1] for shapes in projection_shapes(config).values() for shape in shapes}
+        lacking = CpuAttention.lacks_heads(config.head_dim, dtype)
+        if lacking is None and any(width % GROUP or width > MAX_INPUTS for width in widths):
+            lacking = f"products of {sorted(widths)} inputs are not all multiples of {GROUP} up to {MAX_INPUTS}"
+        if lacking is not None:
+            logger.warning("this model runs without own CPU kernels, several times slower: %s", lacking)
+        return lacking is None
