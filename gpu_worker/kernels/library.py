@@ -20,6 +20,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "folo_silu_multiply": (_INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
     # is_bf16, x, rows, width, output, values, scales, sums, threads
     "folo_quantize_rows": (_INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    # is_bf16, weight, input, y, threads
+    "folo_linear": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    # logits, rows, n, error, scratch, token_ids, errors, threads
+    "folo_greedy": (_ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
 }
 
 

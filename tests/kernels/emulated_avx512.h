@@ -1,22 +1,35 @@
 // The 512-bit intrinsics on any machine, through SIMDe (Debian: libsimde-dev): included before
-// everything else where a test compiles the kernels for AVX512_BF16 and VNNI without having them.
+// everything else where a test compiles the kernels for AVX512_BF16 and VNNI without having them
+// (EMULATED_BASE: for AVX512 alone).
 #pragma once
 
 #define FOLO_EMULATED 1
 #define FOLO_AVX512 1
+#if !defined(EMULATED_BASE)
 #define FOLO_VNNI 1
 #define FOLO_BF16 1
+#endif
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx2.h>
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
 
+// A macro that SIMDe 0.7 defines with the arguments of another.
+#undef _mm512_madd_epi16
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
+
 // What SIMDe 0.7 lacks, by halves.
 static inline simde__m256 emulated_high_ps(simde__m512 x) {
     simde__m256 halves[2];
     simde_mm512_storeu_ps(reinterpret_cast<float*>(halves), x);
     return halves[1];
+}
+
+static inline simde__m256i emulated_low_epi32(simde__m512i x) {
+    simde__m256i halves[2];
+    simde_mm512_storeu_si512(halves, x);
+    return halves[0];
 }
 
 static inline simde__m256i emulated_high_epi32(simde__m512i x) {
@@ -32,6 +45,11 @@ static inline simde__m512i emulated_joined(simde__m256i low, simde__m256i high) 
 
 static inline simde__m512i emulated_cvtps_epi32(simde__m512 x) {
     return emulated_joined(simde_mm256_cvtps_epi32(simde_mm512_castps512_ps256(x)), simde_mm256_cvtps_epi32(emulated_high_ps(x)));
+}
+
+static inline simde__m512 emulated_cvtepi32_ps(simde__m512i x) {
+    simde__m256 halves[2] = {simde_mm256_cvtepi32_ps(emulated_low_epi32(x)), simde_mm256_cvtepi32_ps(emulated_high_epi32(x))};
+    return simde_mm512_loadu_ps(halves);
 }
 
 static inline simde__m512i emulated_cvtepu16_epi32(simde__m256i x) {
@@ -60,6 +78,7 @@ static inline simde__m256i emulated_cvtepi32_epi16(simde__m512i x) {
 }
 
 #define _mm512_cvtps_epi32(x) emulated_cvtps_epi32(x)
+#define _mm512_cvtepi32_ps(x) emulated_cvtepi32_ps(x)
 #define _mm512_cvtepu16_epi32(x) emulated_cvtepu16_epi32(x)
 #define _mm512_cvtph_ps(x) emulated_cvtph_ps(x)
 #define _mm512_extractf32x8_ps(x, i) emulated_high_ps(x)
