@@ -101,7 +101,8 @@ static void run_silu_multiply(const void* gate_up, int rows, int width, int outp
 }
 
 template <typename T>
-static void run_quantize_rows(const void* x, int rows, int width, int output, int8_t* values, float* scales, int32_t* sums, int threads) {
+static void run_quantize_rows(const void* x, int rows, int width, int output, int8_t* values, float* scales, int32_t* sums,
+                              int threads) {
     run_team(threads, [&](Team& team) {
         quantize_rows(team, static_cast<const T*>(x), rows, width, static_cast<Output>(output), QuantizedRows{values, scales, sums});
     });
@@ -112,7 +113,8 @@ extern "C" {
 
 void folo_add_norm(int is_bf16, void* hidden, const void* added, const void* weight, float eps, int rows, int width, int output,
                    void* normed, int8_t* values, float* scales, int32_t* sums, int threads) {
-    (is_bf16 ? run_add_norm<bf16> : run_add_norm<float>)(hidden, added, weight, eps, rows, width, output, normed, values, scales, sums, threads);
+    (is_bf16 ? run_add_norm<bf16> : run_add_norm<float>)(hidden, added, weight, eps, rows, width, output, normed, values, scales, sums,
+                                                         threads);
 }
 
 void folo_silu_multiply(int is_bf16, const void* gate_up, int rows, int width, int output, void* activated, int8_t* values,
@@ -120,7 +122,8 @@ void folo_silu_multiply(int is_bf16, const void* gate_up, int rows, int width, i
     (is_bf16 ? run_silu_multiply<bf16> : run_silu_multiply<float>)(gate_up, rows, width, output, activated, values, scales, sums, threads);
 }
 
-void folo_quantize_rows(int is_bf16, const void* x, int rows, int width, int output, int8_t* values, float* scales, int32_t* sums, int threads) {
+void folo_quantize_rows(int is_bf16, const void* x, int rows, int width, int output, int8_t* values, float* scales, int32_t* sums,
+                        int threads) {
     (is_bf16 ? run_quantize_rows<bf16> : run_quantize_rows<float>)(x, rows, width, output, values, scales, sums, threads);
 }
 
