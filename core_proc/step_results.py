@@ -152,7 +152,7 @@ def _late_tokens(step: Step, here: np.ndarray, tokens: StepTokens) -> tuple[dict
             finish, count = check_request(request), count + 1
         if count:
             gained[request] = count
-        if tokens.logprobs is not None:
+        if count and tokens.logprobs is not None:
             _store_logprobs(request, tokens, at, count)
         if finish is not Finish.NONE:
             ends[request] = (finish, int(request.token_ids[-1]) if finish is Finish.STOP else -1)

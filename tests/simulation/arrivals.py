@@ -71,7 +71,12 @@ class Arrivals:
         if rng.random() < 0.3:
             length = max(BLOCK, length // BLOCK * BLOCK)
         shared = rng.randint(0, length) if rng.random() < 0.7 else length
-        return rng.choice(self._shared)[:shared] + self._tokens(length - shared)
+        prompt = rng.choice(self._shared)[:shared] + self._tokens(length - shared)
+        if rng.random() < 0.1:       # equal blocks behind something else
+            prompt[rng.randrange(min(length, BLOCK))] = rng.randrange(VOCAB)
+        if rng.random() < 0.05:      # equal blocks at other places
+            prompt = (prompt[:BLOCK] * length)[:length]
+        return prompt
 
     def _tokens(self, count: int) -> list[int]:
         return [self.rng.randrange(VOCAB) for _ in range(count)]

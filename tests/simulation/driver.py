@@ -18,6 +18,7 @@ from simulation.fake_worker import FakeWorker
 from simulation.faults import Faults
 from simulation.invariants import check, check_end
 from simulation.observer import Observer
+from simulation.oracle import install
 from simulation.reference import VOCAB, Wish
 from simulation.verdict import judge
 from simulation.world import BLOCK, World, draw_world
@@ -39,6 +40,7 @@ class Simulation:
         self.core = EngineCore(config, WorkerReady(EPOCH, GEN, "f", world.num_blocks, config.max_num_seqs, VOCAB, b"", [], world.max_model_len))
         self.faults = Faults(self.rng, world)
         self.worker = FakeWorker(world.num_blocks, BLOCK, config.max_num_seqs, self.faults)
+        install(self.core, self.rng)
         self.observer = Observer(self.core, self.worker, Counter() if reached is None else reached)
         self.arrivals = Arrivals(self.rng, world)
         self.plans: deque[bytes] = deque()       # in the worker's inbox
@@ -46,6 +48,7 @@ class Simulation:
         self.frontends: list[FakeFrontend] = []
         self.open: list[tuple[FakeFrontend, Stream]] = []
         self.now_ns, self.num_streams, self.num_frontends = SECOND_NS, 0, 0
+        self.next_tick_ns = 2 * SECOND_NS
         self.lazy = False                        # the core would have planned, had it been asked
         for _ in range(NUM_FRONTENDS):
             self._new_frontend()
@@ -53,8 +56,8 @@ class Simulation:
     def run(self) -> None:
         silent_s = 0
         for _ in range(MAX_TURNS):
-            self.now_ns += 1
-            moved = self._clients() | self._carry() | self._schedule() | self._work() | self._apply()
+            self._pass(self.rng.choice([1, 1, 3000 * self.world.token_us]) if self.world.token_us else 1)
+            moved = self._clients(silent_s == 0) | self._carry() | self._schedule() | self._work() | self._apply()
             self._hear()
             silent_s = 0 if moved else silent_s
             if moved or self._busy():
@@ -82,16 +85,17 @@ class Simulation:
 
     # --- the turns of the others ---
 
-    def _clients(self) -> bool:
+    def _clients(self, may_give_up: bool) -> bool:
+        """``may_give_up``: only while something moves, or an abort would save what is stuck."""
         rng, world = self.rng, self.world
         moved = False
         if self._wants_more() and rng.random() < world.arrive:
             self.submit(self.arrivals.draw())
             moved = True
-        if self.open and rng.random() < world.abort:
+        if may_give_up and self.open and rng.random() < world.abort:
             self._abort(*rng.choice(self.open))
             moved = True
-        if rng.random() < world.leave:
+        if may_give_up and rng.random() < world.leave:
             self._leave(rng.choice(self.frontends))
             moved = True
         return moved
@@ -122,8 +126,15 @@ class Simulation:
         self.frontends.append(FakeFrontend(b"f0.e%d" % self.num_frontends, self.rng, self.world.loss))
 
     def _second(self) -> None:
-        """Nothing has moved: time passes, heartbeats show what was lost."""
-        self.now_ns += SECOND_NS
+        """Nothing has moved: heartbeats show what was lost."""
+        self._pass(SECOND_NS)
+
+    def _pass(self, time_ns: int) -> None:
+        """Time passes; everybody ticks once a second."""
+        self.now_ns += time_ns
+        if self.now_ns < self.next_tick_ns:
+            return
+        self.next_tick_ns = self.now_ns + SECOND_NS
         self.core.tick(self.now_ns)
         for frontend in self.frontends:
             frontend.tick()

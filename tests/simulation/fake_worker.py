@@ -34,7 +34,6 @@ class Row:
     blocks: list[int]
     seed: int
     params: TokenParams
-    stop_ids: frozenset[int]
     prefixes: list[int] = field(default_factory=list)    # identity of tokens[: i + 1]
     is_bad: bool = False                                 # it had an error: its own K/V is worth nothing
 
@@ -48,10 +47,28 @@ class Row:
             self.prefixes.append(extend(before, self.tokens[len(self.prefixes)]))
 
     def sample(self) -> int:
-        return next_token(self.prefixes[-1], self.seed, len(self.tokens) - self.prompt_len, self.stop_ids, self.params.min_tokens)
+        return next_token(self.prefixes[-1], self.seed, len(self.tokens) - self.prompt_len)
 
 
-Entry = tuple[Row, int, int]     # row, tokens computed before, tokens of this step
+Entry = tuple[Row, int, int, list[int]]      # row, tokens computed before, known tokens of this step, drafts behind them
+
+
+class Output:
+    """What the rows of a plan gave, row by row."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
+        self.logprobs: list[list[LogprobRow | None]] = [[] for _ in range(num_rows)]
+        self.errors: dict[int, RowError] = {}
+        self.prompt_logprobs: PromptLogprobRows | None = None
+
+    def result(self, plan: StepPlan, timings_us: bytes | None) -> StepResult:
+        return StepResult(
+            plan.epoch, plan.gen, plan.step_id, StepStatus.OK, i32_bytes([len(own) for own in self.tokens]),
+            i32_bytes([token for own in self.tokens for token in own]),
+            row_errors=i32_bytes([v for pair in self.errors.items() for v in pair]) if self.errors else None,
+            logprobs=_logprob_rows([row for own in self.logprobs for row in own]), prompt_logprobs=self.prompt_logprobs,
+            timings_us=timings_us)
 
 
 class FakeWorker:
@@ -81,12 +98,17 @@ class FakeWorker:
         for req_idx, block_id in i32_column(plan.grow).reshape(-1, 2).tolist():
             self._spoil([block_id])
             self.rows[req_idx].blocks.append(block_id)
-        entries = self._checked(*(i32_column(column).tolist() for column in (plan.rows, plan.num_computed, plan.num_tokens)))
-        status = self.faults.of_step([self._to_run(entry) for entry in entries])
+        entries = self._checked(plan)
+        status = self.faults.of_step([self._to_run(entry, plan.num_steps) for entry in entries])
         if status is not StepStatus.OK:
             return self._fail(plan, entries, status)
-        self._store(entries)
-        return self._attend_and_sample(plan, entries)
+        output = Output(len(entries))
+        for _ in range(plan.num_steps):
+            self._store(entries)
+            self._attend_and_sample(entries, output)
+            output.prompt_logprobs = output.prompt_logprobs or _prompt_logprob_rows(entries)
+            entries = [(row, row.num_computed, 1, []) for row, *_ in entries]
+        return output.result(plan, self._timings(plan))
 
     # --- before ---
 
@@ -97,10 +119,8 @@ class FakeWorker:
         self._demand(len(set(blocks)) == len(blocks), "no block twice")
         self._demand(admission.num_computed < len(tokens), "something to compute")
         self._demand(admission.num_computed <= len(blocks) * self.block_size, "blocks for what is computed")
-        params = admission.params
-        ends = i32_column(params.stop_token_ids).tolist() + i32_column(params.eos_token_ids).tolist()
         self.rows[admission.req_idx] = Row(
-            tokens, admission.prompt_len, admission.num_computed, blocks, admission.seed, params, frozenset(ends))
+            tokens, admission.prompt_len, admission.num_computed, blocks, admission.seed, admission.params)
         whole, part = divmod(admission.num_computed, self.block_size)
         if part:
             self.memory[blocks[whole]][part:] = [GARBAGE] * (self.block_size - part)
@@ -110,24 +130,38 @@ class FakeWorker:
         for block_id in blocks:
             self.memory[block_id] = [GARBAGE] * self.block_size
 
-    def _checked(self, rows: list[int], starts: list[int], counts: list[int]) -> list[Entry]:
+    def _checked(self, plan: StepPlan) -> list[Entry]:
+        rows, starts, counts = (i32_column(column).tolist() for column in (plan.rows, plan.num_computed, plan.num_tokens))
+        drafts = self._drafts(plan, len(rows))
         self._demand(len(set(rows)) == len(rows) == len(starts) == len(counts), "no row twice")
         self._demand(bool(rows), "a plan with work in it")
         entries, chunk_seen = [], False
-        for req_idx, start, count in zip(rows, starts, counts, strict=True):
+        for req_idx, start, count, own in zip(rows, starts, counts, drafts, strict=True):
             self._demand(req_idx in self.rows, "a row that was admitted")
             row = self.rows[req_idx]
             self._demand(start == row.num_computed, f"num_computed {start}, the worker has {row.num_computed}")
+            self._demand(start + count + plan.num_steps - 1 <= len(row.blocks) * self.block_size, "blocks for all of them")
+            count -= len(own)
+            decodes = count == 1 and start + count == len(row.tokens)
+            self._demand(decodes or (plan.num_steps == 1 and not own), "drafts and several steps for decodes only")
             self._demand(0 < count and start + count <= len(row.tokens), "tokens that are known")
-            self._demand(start + count <= len(row.blocks) * self.block_size, "blocks for all of them")
             self._demand(not (chunk_seen and count == 1), "decodes before chunks")
             chunk_seen |= count > 1
-            entries.append((row, start, count))
+            entries.append((row, start, count, own))
         return entries
 
-    def _to_run(self, entry: Entry) -> RowToRun:
-        row, start, count = entry
-        return RowToRun(row.seed, count, start + count - row.prompt_len)
+    def _drafts(self, plan: StepPlan, num_rows: int) -> list[list[int]]:
+        if plan.num_drafts is None:
+            self._demand(plan.drafts is None, "no drafts without their number")
+            return [[]] * num_rows
+        self._demand(plan.num_steps == 1, "drafts in a plan of one step")
+        counts, flat = i32_column(plan.num_drafts, num_rows).tolist(), i32_column(plan.drafts).tolist()
+        self._demand(sum(counts) == len(flat) > 0 and min(counts) >= 0, "as many drafts as is said")
+        return [flat[sum(counts[:at]):sum(counts[:at + 1])] for at in range(num_rows)]
+
+    def _to_run(self, entry: Entry, num_steps: int) -> RowToRun:
+        row, start, count, drafts = entry
+        return RowToRun(row.seed, count + len(drafts), start + count + num_steps - 1 - row.prompt_len)
 
     # --- the step ---
 
@@ -137,8 +171,8 @@ class FakeWorker:
         if stage is not Stage.ADMITTED:
             self._store(entries)
         if stage is Stage.STORING:
-            for row, start, count in entries:
-                self._spoil_part(row, start, count)
+            for row, start, count, drafts in entries:
+                self._spoil_part(row, start, count + len(drafts) + plan.num_steps - 1)
         self.failed_step = plan.step_id
         return StepResult(plan.epoch, plan.gen, plan.step_id, status, detail="simulated")
 
@@ -149,48 +183,67 @@ class FakeWorker:
 
     def _store(self, entries: list[Entry]) -> None:
         size = self.block_size
-        for row, start, count in entries:
-            for position in range(start, start + count):
-                self.memory[row.blocks[position // size]][position % size] = row.prefixes[position]
+        for row, start, count, drafts in entries:
+            prefixes = _with_drafts(row, start + count, drafts)
+            for position in range(start, start + count + len(drafts)):
+                self.memory[row.blocks[position // size]][position % size] = prefixes[position]
 
-    def _attend_and_sample(self, plan: StepPlan, entries: list[Entry]) -> StepResult:
-        num_out, tokens, errors = [], [], []
-        logprobs: list[LogprobRow | None] = []
-        for batch_idx, entry in enumerate(entries):
-            row, start, count = entry
-            self._attend(row, start + count)
+    def _attend_and_sample(self, entries: list[Entry], output: Output) -> None:
+        for batch_idx, (row, start, count, drafts) in enumerate(entries):
+            self._attend(row, start + count, drafts)
             row.num_computed = start + count
-            samples = row.num_computed == len(row.tokens)
-            fails = self.faults.of_row(self._to_run(entry))
-            if fails:
-                errors += [batch_idx, RowError.NAN_LOGITS]
-                row.is_bad = True
-                self._spoil_part(row, start, count)
-            num_out.append(int(samples and not fails))
-            if not samples:
-                continue
-            token = row.tokens[-1] if fails else row.sample()    # a filler keeps the row's length for the next plan
-            if not fails:
-                asked = row.params.logprobs
-                tokens.append(token)
-                logprobs.append(None if asked is None else logprob_row(row.prefixes[-1], token, asked))
-            row.tokens.append(token)
-            row.learn()
-        return StepResult(plan.epoch, plan.gen, plan.step_id, StepStatus.OK, i32_bytes(num_out), i32_bytes(tokens),
-                          row_errors=i32_bytes(errors) if errors else None, logprobs=_logprob_rows(logprobs),
-                          prompt_logprobs=_prompt_logprob_rows(entries))
+            self._sample(batch_idx, row, count, output)
+            for draft in drafts:
+                if row.tokens[-1] != draft or row.is_bad:
+                    break
+                row.num_computed += 1
+                self._sample(batch_idx, row, 1, output)
 
-    def _attend(self, row: Row, end: int) -> None:
-        """Every position before ``end`` holds this row's own prefix."""
-        size = self.block_size
+    def _sample(self, batch_idx: int, row: Row, count: int, output: Output) -> None:
+        """One token, if all of its tokens are computed; ``count`` of them in this step."""
+        computed, known = row.num_computed, len(row.tokens)
+        fails = row.is_bad or self.faults.of_row(RowToRun(row.seed, count, computed - row.prompt_len))
+        if fails:
+            output.errors.setdefault(batch_idx, RowError.NAN_LOGITS)
+            row.is_bad = True
+            self._spoil_part(row, computed - count, count)
+        if computed < known:
+            return
+        token = row.tokens[-1] if fails else row.sample()    # a filler keeps the row's length for the next plan
+        if not fails:
+            asked = row.params.logprobs
+            output.tokens[batch_idx].append(token)
+            output.logprobs[batch_idx].append(None if asked is None else logprob_row(row.prefixes[-1], token, asked))
+        row.tokens.append(token)
+        row.learn()
+
+    def _attend(self, row: Row, end: int, drafts: list[int]) -> None:
+        """Every position before ``end``, and the drafts behind it, hold this row's own prefix."""
+        size, prefixes = self.block_size, _with_drafts(row, end, drafts)
+        end += len(drafts)
         for at in range(0, end, size):
             found = self.memory[row.blocks[at // size]][:end - at]
-            expected = row.prefixes[at:min(at + size, end)]
+            expected = prefixes[at:min(at + size, end)]
             self._demand(found == expected or row.is_bad, f"foreign K/V in positions {at} … {at + len(expected) - 1}")
+
+    def _timings(self, plan: StepPlan) -> bytes | None:
+        """By and large in proportion to the tokens; now and then far from it."""
+        if not self.faults.world.token_us:
+            return None
+        noise = self.faults.rng.choice([0.5, 0.9, 1.0, 1.0, 1.1, 8.0])
+        return i32_bytes([0, 0, 0, int(noise * self.faults.world.token_us * plan.num_steps * int(i32_column(plan.num_tokens).sum()))])
 
     def _demand(self, holds: bool, what: str) -> None:
         if not holds:
             raise WorkerComplaint(what)
+
+
+def _with_drafts(row: Row, end: int, drafts: list[int]) -> list[int]:
+    """Identities up to ``end``, and those of the drafts behind it."""
+    prefixes = row.prefixes[:end]
+    for token in drafts:
+        prefixes.append(extend(prefixes[-1], token))
+    return prefixes
 
 
 def _logprob_rows(rows: list[LogprobRow | None]) -> LogprobRows | None:
@@ -202,7 +255,7 @@ def _logprob_rows(rows: list[LogprobRow | None]) -> LogprobRows | None:
 def _prompt_logprob_rows(entries: list[Entry]) -> PromptLogprobRows | None:
     """Of the prompt tokens that follow this step's tokens."""
     parts, rows = [], []
-    for batch_idx, (row, start, count) in enumerate(entries):
+    for batch_idx, (row, start, count, _) in enumerate(entries):
         last = min(start + count, row.prompt_len - 1)
         if row.params.prompt_logprobs is not None and last > start:
             parts.append((batch_idx, start + 1, last - start))

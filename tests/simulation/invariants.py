@@ -43,7 +43,7 @@ def _check_blocks(core: EngineCore, order: list[int]) -> None:
             holders[block_id] += 1
         assert held * size >= computed, "blocks for all computed tokens"
         assert applied <= computed and applied <= known, "confirmed is computed and known"
-        assert published <= min(applied, known) // size, "nothing published that is not confirmed"
+        assert published == min(applied, known) // size, "published is what is confirmed, no more and no less"
         assert highest <= known, "the furthest is known"
     core.kv.pool.check_integrity(holders)
 

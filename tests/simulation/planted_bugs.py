@@ -19,6 +19,7 @@ from core_proc.request import Request
 from core_proc.request_rows import RequestRows
 from core_proc.scheduler import Scheduler
 from protocol.messages import Finish
+from simulation.planted_lookahead_bugs import LOOKAHEAD_BUGS
 
 
 def _publish_when_scheduled() -> Any:
@@ -97,7 +98,7 @@ BUGS = {
     "re-admission while a chunk of the request is in flight": _readmit_with_a_chunk_in_flight,
     "waiting for a hash instead of a living writer": _wait_for_a_hash,
     "a block not freed on an abort in flight": _keep_a_block_of_an_abort_in_flight,
-}
+} | LOOKAHEAD_BUGS
 
 
 @contextmanager

@@ -32,12 +32,9 @@ def prefixes(tokens: list[int]) -> list[int]:
     return found
 
 
-def next_token(prefix: int, seed: int, num_output: int, stop_ids: frozenset[int], min_tokens: int) -> int:
-    """The token that the fake model samples after ``prefix``."""
-    token = hash((prefix, seed, num_output)) % VOCAB
-    while num_output < min_tokens and token in stop_ids:
-        token = (token + 1) % VOCAB
-    return token
+def next_token(prefix: int, seed: int, num_output: int) -> int:
+    """The token that the fake model samples after ``prefix``; it may be a stop id that comes too early to count."""
+    return hash((prefix, seed, num_output)) % VOCAB
 
 
 def logprob_row(prefix: int, token: int, num_best: int) -> LogprobRow:
@@ -82,7 +79,7 @@ class Wish:
         """All output tokens."""
         prefix, output = prefixes(self.prompt)[-1], []
         while len(output) < self.max_tokens:
-            token = next_token(prefix, self.seed, len(output), self.all_stop_ids, self.min_tokens)
+            token = next_token(prefix, self.seed, len(output))
             output.append(token)
             if token in self.all_stop_ids and len(output) >= self.min_tokens:
                 break

@@ -37,6 +37,7 @@ class World:
     row_cap: int = NO_BOUND      # a step of more rows neither
     poison: str = ""             # "internal", "memory", "row": what some requests do to their steps
     share_logprobs: float = 0.0  # of the requests
+    token_us: int = 0            # what the worker says that a token of a step takes; 0: it says nothing
     # No life is shorter.
     num_requests: int = 28
     num_steps: int = 100         # that were not skipped
@@ -54,12 +55,14 @@ def draw_world(rng: random.Random) -> World:
     config = SchedulerConfig(
         max_num_seqs=rng.randint(2, 7), max_num_batched_tokens=rng.choice([2, 3, 5, 8, 8, 16, 16, 32, 32]), window=rng.choice([1, 2, 2]),
         scheduling_policy=rng.choice(["fcfs", "priority"]), enable_prefix_caching=rng.random() < 0.8,
-        watermark=rng.choice([0.0, 0.0, 0.1, 0.2]), max_num_queued_reqs=rng.choice([1000] * 7 + [5]))
+        watermark=rng.choice([0.0, 0.0, 0.1, 0.2]), max_num_queued_reqs=rng.choice([1000] * 7 + [5]),
+        max_decode_steps=rng.choice([1, 2, 4, 7]), speculative=rng.choice(["none", "ngram"]), num_speculative_tokens=rng.choice([1, 3, 6]))
     world = World(
         with_small_blocks(config), num_blocks, max_model_len=rng.choice([rng.randint(16, min(holds, 56)), min(holds, 40), holds + 5]),
         schedule=rng.choice([0.5, 1.0, 1.0]), work=rng.choice([0.4, 0.8]), apply=rng.choice([0.4, 0.8]), carry=rng.choice([0.5, 1.0]),
         arrive=rng.choice([0.1, 0.25, 0.9]), share_logprobs=rng.choice([0.0, 0.0, 0.3]))
     world.talk = 0.5
+    world.token_us = rng.choice([0, 200, 1000, 6000])
     world.loss = rng.choice([0.0, 0.0, 0.0, 0.02])
     world.abort = rng.choice([0.0, 0.02, 0.06])
     world.leave = rng.choice([0.0, 0.0, 0.0, 0.01])

@@ -239,6 +239,19 @@ def test_logprobs_of_all_steps_and_of_kept_tokens_only():
     assert found[31] == 31 and found[7] == 7 and 33 not in found
 
 
+def test_logprobs_of_others_are_nothing_to_one_that_gained_nothing():
+    """A chunk of a preempted request comes back beside rows that are narrower than its own."""
+    engine = Harness(max_num_batched_tokens=8, window=1)
+    engine.add(1, 4, max_tokens=20, logprobs=0)
+    answer_with(engine, engine.plan(), [1], [20], logprobs=LogprobRows(1, i32_bytes([20]), f32_bytes([-1]), i32_bytes([1])))
+    request = engine.add(2, 20, max_tokens=20, logprobs=1)
+    plan = engine.plan()
+    engine.core.live.preempt(request)
+    answer_with(engine, plan, [1, 0], [21], logprobs=LogprobRows(1, i32_bytes([21]), f32_bytes([-1]), i32_bytes([1])))
+    request.logprobs.append(*(np.array([[30, 1]], dtype) for dtype in (np.int32, np.float32)), np.array([1], np.int32))
+    assert request.logprobs.rows(0, 1)[0].tolist() == [[30, 1]]
+
+
 def test_many_tokens_of_many_streams_in_one_message():
     engine = engine_of_short_steps(4, 6, 9)
     engine.core.take_outputs()
