@@ -41,8 +41,11 @@ class RunDir:
 
     def write_config(self, config: EngineConfig) -> None:
         temporary = self.config_file.with_suffix(".tmp")
-        temporary.write_bytes(msgspec.json.encode(config))
-        temporary.replace(self.config_file)
+        try:
+            temporary.write_bytes(msgspec.json.encode(config))
+            temporary.replace(self.config_file)
+        except OSError as error:
+            raise RunDirError(f"run_dir: cannot write {self.config_file}: {error.strerror}") from None
 
     def read_config(self) -> EngineConfig:
         return msgspec.json.decode(self.config_file.read_bytes(), type=EngineConfig)

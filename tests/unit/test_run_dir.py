@@ -5,7 +5,7 @@ import os
 import pytest
 
 from protocol.config import EngineConfig
-from protocol.progress import COUNTERS, TEXTS, ProgressPage, State
+from protocol.progress import COUNTERS, PAGE_BYTES, TEXTS, ProgressPage, State
 from protocol.run_dir import RunDir, RunDirError, locate
 
 
@@ -62,6 +62,8 @@ def test_config_goes_through_the_directory(tmp_path):
     run_dir = RunDir(tmp_path)
     run_dir.write_config(EngineConfig(model_dir="/m"))
     assert run_dir.read_config() == EngineConfig(model_dir="/m")
+    with pytest.raises(RunDirError, match=f"cannot write {tmp_path / 'missing' / 'config.json'}: No such file"):
+        RunDir(tmp_path / "missing").write_config(EngineConfig())
 
 
 def test_progress_page_is_read_by_others(tmp_path):
@@ -78,4 +80,5 @@ def test_progress_page_is_read_by_others(tmp_path):
         assert reader.get(name) == expected, name
     assert reader.get_text("role") == "ä role"
     assert reader.get_text("note").startswith("notenote") and reader.get_text("note").endswith("…")
+    assert os.stat(tmp_path / "worker0.page").st_blocks * 512 >= PAGE_BYTES      # a full disk shows here, not at a later write
     page.close()
