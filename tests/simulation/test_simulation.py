@@ -63,7 +63,7 @@ def test_children_compute_the_blocks_of_their_prompt_once(enable_prefix_caching,
     store = simulation.worker._store
 
     def store_and_count(entries):
-        for row, start, count in entries:
+        for row, start, count, _ in entries:
             stored.update(row.prefixes[start:start + count])
         store(entries)
 
