@@ -27,6 +27,7 @@ EPOCH, GEN = 3, 5
 NUM_FRONTENDS = 2
 MAX_TURNS = 8000
 MAX_SILENT_SECONDS = 60                  # with somebody alive; lost heartbeats take their time
+FORGOTTEN_S = 65                         # after them the core keeps nothing of streams that have ended
 SECOND_NS = 1_000_000_000
 
 
@@ -223,6 +224,12 @@ class Simulation:
         return f"stuck: {len(live.running)} running, {len(live.waiting)} waiting, {len(self.open)} open streams"
 
     def _finish(self) -> None:
+        for _ in range(FORGOTTEN_S):
+            if not any(channel.streams for channel in self.core.channels.values()):
+                break
+            self._second()
+            self._carry()
+            self._hear()
         check_end(self.core)
         assert self.observer.num_requests >= self.world.num_requests and self.worker.num_run >= self.world.num_steps, "a short life"
         self.observer.done()
