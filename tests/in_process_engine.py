@@ -60,9 +60,8 @@ class InProcessEngine:
     def __init__(self, model: LoadedModel, *, max_model_len: int, num_blocks: int, **scheduler: Any) -> None:
         config = SchedulerConfig(max_decode_steps=1, **scheduler)      # the logits of each step are kept
         spec, device = model.spec, torch.device("cpu")
-        kv = KVCache(spec, num_blocks, spec.dtype, device)
-        for tensor in (*kv.key, *kv.value):
-            tensor.fill_(float("nan"))      # what was never written is never read
+        kv = KVCache(spec, num_blocks, spec.kv_dtype, device)
+        kv.fill_with_nan()      # what was never written is never read
         states = RequestStates(config.max_num_seqs, max_model_len, spec.vocab_size, num_blocks, device)
         self._model = KeptLogits(model)
         self._runner = ModelRunner(self._model, kv, states, RowBuckets())

@@ -111,7 +111,7 @@ class TransformersModel:
         return [module.product for module in self._base.modules() if isinstance(module, _PackedLinear)]
 
     def head(self) -> LMHead:
-        return self._head.get_output_embeddings().product
+        return next(module.product for module in self._head.modules() if isinstance(module, _Head))
 
 
 def load_transformers_model(model_dir: Path, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None,

@@ -5,6 +5,7 @@ import pytest
 
 from determinism_matrix import ALONE, CIRCUMSTANCES, differences, make_workload, measure, ordinary_text
 from frontend.tokenizer import Tokenizer
+from private_cache import use_private_cache
 
 NAMES = [circumstance.name for circumstance in CIRCUMSTANCES]
 
@@ -35,7 +36,7 @@ def quantized_records(request, tmp_path_factory):
                                  num_attention_heads=8, max_position_embeddings=2048)
     write_byte_tokenizer(model_dir)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        use_private_cache(patch, tmp_path_factory.mktemp("cache"))
         return all_records(model_dir, {"count": 5, "longest": 300}, quantization=request.param)
 
 

@@ -13,6 +13,7 @@ from folovllm import LLMEngine, SamplingParams
 from gguf_files import small_model, write_gguf
 from gpu_worker.models.registry import load_model
 from in_process_engine import Continuation, InProcessEngine
+from private_cache import use_private_cache
 from tiny_models import write_byte_tokenizer, write_tiny_llama
 
 MAX_TOKENS = 40
@@ -67,7 +68,7 @@ def test_a_model_with_two_eos_ids_stops_at_either(two_eos: tuple[Path, list[list
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_gguf_file_agrees_with_the_same_weights_as_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path / "cache"))
+    use_private_cache(monkeypatch, tmp_path / "cache")
     model = small_model(kind)
     model.save_pretrained(tmp_path / "safetensors")
     expected = [stream.token_ids for stream in continued(tmp_path / "safetensors")]

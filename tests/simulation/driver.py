@@ -93,7 +93,9 @@ class Simulation:
         if self._wants_more() and rng.random() < world.arrive:
             self.submit(self.arrivals.draw())
             moved = True
-        if may_give_up and self.open and rng.random() < world.abort:
+        missed = self.observer.missed
+        tempting = missed is not None and missed.steps_in_flight and rng.random() < 0.5
+        if may_give_up and self.open and (rng.random() < world.abort or (world.abort and tempting)):
             self._abort(*rng.choice(self.open))
             moved = True
         if may_give_up and rng.random() < world.leave:

@@ -32,6 +32,7 @@ class Observer:
         self.core, self.worker, self.reached = core, worker, reached
         self.seen: set[str] = set()
         self.num_requests = self.num_cached_tokens = 0
+        self.missed: Request | None = None       # preempted while steps hold it: room now would tempt to re-admit it
         self._just_published: set[int] = set()
         self._published_now: set[int] = set()
         self._boundary: set[bytes] = set()       # keys of continuations
@@ -158,6 +159,7 @@ class Observer:
         needed = core.kv.blocks_for(request.num_tokens) - len(hits) + core.kv.pool.count_free(hits)
         mark = int(core.config.watermark * core.kv.pool.num_blocks) if core.live.running else 0
         assert core.kv.num_free >= needed + mark, "admitted without room for all its tokens beside the watermark"
+        self._check_turn(request)
         if request.num_cached_tokens < 0:
             self.num_cached_tokens += len(hits) * core.kv.block_size
         if self._just_published & set(hits):
@@ -165,12 +167,23 @@ class Observer:
         if request.key in self._boundary:
             self.seen.add("continuation of a finish on a block boundary")
 
+    def _check_turn(self, request: Request) -> None:
+        """Who stands before it had to wait for something else than room."""
+        kv, only = self.core.kv, self.core.suspects.on_trial()
+        for other in self.core.live.waiting:
+            if other is request:
+                return
+            waits = other.steps_in_flight or (only is not None and other not in only)
+            assert waits or kv.is_being_written(other, len(kv.match(other))), "it takes the blocks of one that does not fit"
+
     def _on_preempt(self, request: Request) -> None:
         core, row = self.core, request.req_idx
         held_back = self._failing or core.suspects.on_trial() is not None
         assert held_back or request is not core.live.first(), "the first is never preempted"
         assert held_back or request is core.live.running[-1], "victims come from the end"
         self.seen.add("preemption")
+        if core.rows.steps[row]:
+            self.missed = request
         if core.rows.steps[row] and not core.rows.in_flight[row]:
             self.seen.add("chunk in flight of a preempted request")
 

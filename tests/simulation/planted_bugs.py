@@ -15,9 +15,9 @@ from core_proc import engine_core
 from core_proc.kv_cache_manager import KVCacheManager
 from core_proc.live_requests import LiveRequests
 from core_proc.plan_builder import build_plan
-from core_proc.request import Request
-from core_proc.request_rows import RequestRows
+from core_proc.request import Request, RequestStatus
 from core_proc.scheduler import Scheduler
+from core_proc.step import StepLimits
 from protocol.messages import Finish
 from simulation.planted_lookahead_bugs import LOOKAHEAD_BUGS
 
@@ -47,15 +47,22 @@ def _restart_without_admissions() -> Any:
 
 
 def _readmit_with_a_chunk_in_flight() -> Any:
-    release = RequestRows.release
+    """Only samples are waited for."""
+    admit = Scheduler._admit
 
-    def wrong(self: RequestRows, request: Request) -> list[int]:
-        blocks = release(self, request)
-        if not request.num_in_flight:
-            request.steps_in_flight = 0      # only samples are waited for
-        return blocks
+    def wrong(self: Scheduler, limits: StepLimits, spent: int) -> Any:
+        chunks = {r: r.steps_in_flight for r in self.live.waiting if r.steps_in_flight and not r.num_in_flight}
+        for request in chunks:
+            request.steps_in_flight = 0
+        result = admit(self, limits, spent)
+        for request, steps in chunks.items():
+            if request.status is RequestStatus.RUNNING:
+                self.live.rows.steps[request.req_idx] += steps
+            else:
+                request.steps_in_flight = steps
+        return result
 
-    return patch.object(RequestRows, "release", wrong)
+    return patch.object(Scheduler, "_admit", wrong)
 
 
 def _wait_for_a_hash() -> Any:

@@ -43,9 +43,10 @@ class World:
     num_steps: int = 100         # that were not skipped
 
 
-def with_small_blocks(config: SchedulerConfig) -> SchedulerConfig:
-    """Short prompts are interesting then."""
+def with_small_blocks(config: SchedulerConfig, window: int | None = None) -> SchedulerConfig:
+    """Short prompts are interesting then; and a window wider than users may ask for keeps more in flight."""
     msgspec.structs.force_setattr(config, "block_size", BLOCK)
+    msgspec.structs.force_setattr(config, "window", window or config.window)
     return config
 
 
@@ -53,13 +54,13 @@ def draw_world(rng: random.Random) -> World:
     num_blocks = rng.choice([6, 7, 8, 10, 14, 20])
     holds = num_blocks * BLOCK
     config = SchedulerConfig(
-        max_num_seqs=rng.randint(2, 7), max_num_batched_tokens=rng.choice([2, 3, 5, 8, 8, 16, 16, 32, 32]), window=rng.choice([1, 2, 2]),
+        max_num_seqs=rng.randint(2, 7), max_num_batched_tokens=rng.choice([2, 3, 5, 8, 8, 16, 16, 32, 32]),
         scheduling_policy=rng.choice(["fcfs", "priority"]), enable_prefix_caching=rng.random() < 0.8,
         watermark=rng.choice([0.0, 0.0, 0.1, 0.2]), max_num_queued_reqs=rng.choice([1000] * 7 + [5]),
         max_decode_steps=rng.choice([1, 2, 4, 7]), speculative=rng.choice(["none", "ngram"]), num_speculative_tokens=rng.choice([1, 3, 6]))
     world = World(
-        with_small_blocks(config), num_blocks, max_model_len=rng.choice([rng.randint(16, min(holds, 56)), min(holds, 40), holds + 5]),
-        schedule=rng.choice([0.5, 1.0, 1.0]), work=rng.choice([0.4, 0.8]), apply=rng.choice([0.4, 0.8]), carry=rng.choice([0.5, 1.0]),
+        with_small_blocks(config, rng.choice([1, 2, 2, 3])), num_blocks, max_model_len=rng.choice([rng.randint(16, min(holds, 56)), min(holds, 40), holds + 5]),
+        schedule=rng.choice([0.4, 0.7, 1.0]), work=rng.choice([0.4, 0.8]), apply=rng.choice([0.4, 0.8]), carry=rng.choice([0.5, 1.0]),
         arrive=rng.choice([0.1, 0.25, 0.9]), share_logprobs=rng.choice([0.0, 0.0, 0.3]))
     world.talk = 0.5
     world.token_us = rng.choice([0, 200, 1000, 6000])

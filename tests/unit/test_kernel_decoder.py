@@ -15,6 +15,7 @@ from gpu_worker.models.kernel_decoder import KernelDecoder
 from gpu_worker.models.registry import load_model
 from gpu_worker.models.spec import LoadedModel
 from tiny_models import write_random_model, write_tiny_llama
+from private_cache import use_private_cache
 from whole_prompt import logits_of
 
 CPU = torch.device("cpu")
@@ -51,28 +52,17 @@ MODES = pytest.mark.parametrize("mode", [("float32", None), ("bfloat16", None), 
 
 @pytest.fixture(autouse=True)
 def quantized_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in a cache directory of their own; the compiled kernels do not."""
-    monkeypatch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path / "cache"))
+    """Stand in a cache directory of their own."""
+    use_private_cache(monkeypatch, tmp_path / "cache")
 
 
-@pytest.fixture(scope="module")
-def library() -> cpu_kernels.Library:
-    return cpu_kernels.Library.open()
-
-
-@pytest.fixture
-def load(library: cpu_kernels.Library, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu_kernels.Library, "open", lambda: library)
-
-    def loaded(model_dir: Path, mode: tuple[str, str | None], kv: str = "auto", threads: int = 2) -> LoadedModel:
-        return load_model(model_dir, dtype=mode[0], device=CPU, quantization=mode[1], kv_cache_dtype=kv, num_threads=threads)
-
-    return loaded
+def load(model_dir: Path, mode: tuple[str, str | None], kv: str = "auto", threads: int = 2) -> LoadedModel:
+    return load_model(model_dir, dtype=mode[0], device=CPU, quantization=mode[1], kv_cache_dtype=kv, num_threads=threads)
 
 
 @MODELS
 @MODES
-def test_the_same_model_as_in_torch(tmp_path: Path, load, monkeypatch: pytest.MonkeyPatch, write, mode) -> None:
+def test_the_same_model_as_in_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write, mode) -> None:
     model = load(write(tmp_path / "model"), mode)
     monkeypatch.setenv(cpu_kernels.DISABLED, "1")
     reference = load(tmp_path / "model", mode)
@@ -102,7 +92,7 @@ def in_steps(model: LoadedModel, chunks: list[int]) -> torch.Tensor:
 
 @MODES
 @pytest.mark.parametrize("kv", ["auto", "int8"])
-def test_the_same_bits_in_any_chunks(tmp_path: Path, load, mode, kv: str) -> None:
+def test_the_same_bits_in_any_chunks(tmp_path: Path, mode, kv: str) -> None:
     model = load(windowed_mistral(tmp_path / "model"), mode, kv)
     expected = in_steps(model, [len(IDS)])
     assert torch.isfinite(expected).all()
@@ -111,7 +101,7 @@ def test_the_same_bits_in_any_chunks(tmp_path: Path, load, mode, kv: str) -> Non
     assert torch.equal(in_steps(load(tmp_path / "model", mode, kv, threads=1), [40, 30]), expected)
 
 
-def test_what_the_kernels_lack_runs_in_torch(tmp_path: Path, load, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_kernels_lack_runs_in_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert isinstance(load(write_tiny_llama(tmp_path / "model"), ("float32", None)), Decoder)
     assert "heads of 8 are not multiples of 16" in caplog.text
 

@@ -21,6 +21,7 @@ from gpu_worker.row_buckets import RowBuckets
 from protocol.codec import f32_bytes, f32_column, i32_bytes, i32_column
 from protocol.sampling_params import TokenParams
 from protocol.steps import Admission, RowError, StepPlan, StepResult, StepStatus
+from private_cache import use_private_cache
 
 CPU = torch.device("cpu")
 ROWS, BLOCKS, BLOCK_TOKENS = 8, 40, 32
@@ -32,7 +33,7 @@ def model(request: pytest.FixtureRequest, tiny_llama_dir: Path, tmp_path_factory
     if request.param not in ("int8", "int4"):
         return load_model(tiny_llama_dir, dtype=request.param, device=CPU, num_threads=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        use_private_cache(patch, tmp_path_factory.mktemp("cache"))
         return load_model(tiny_llama_dir, dtype="auto", device=CPU, quantization=request.param, num_threads=1)
 
 

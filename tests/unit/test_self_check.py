@@ -23,7 +23,8 @@ from gpu_worker.row_buckets import RowBuckets
 from gpu_worker.self_check import ROW_COUNTS, attention_faults, product_faults
 from gpu_worker.startup import load_worker
 from protocol.config import EngineConfig, ModelConfig, SchedulerConfig
-from tiny_models import write_gpt_neox
+from private_cache import use_private_cache
+from tiny_models import write_gpt_neox, write_tiny_llama
 
 CPU = torch.device("cpu")
 PADDED = [4, 8, 64, 160, 512]
@@ -34,8 +35,7 @@ Change = Callable[[Tensor, Tensor], None]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "self_check"
+    return use_private_cache(monkeypatch, tmp_path / "cache") / "self_check"
 
 
 class Changed:
@@ -198,8 +198,9 @@ def test_corrupted_verdict_is_ignored(cache: Path, content: bytes) -> None:
     assert json.loads(memo.read_text())["bit_exact"] is False
 
 
-def test_cache_that_cannot_be_written_costs_only_time(cache: Path) -> None:
-    cache.parent.write_text("a file where a directory should be")
+def test_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("a file where a directory should be")
+    monkeypatch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path / "file"))
     assert check(Model([Changed(unchanged)])).bit_exact
 
 
@@ -226,9 +227,18 @@ def test_transformers_backend_is_checked_and_not_claimed(gpt_neox: Path, monkeyp
     assert any("40 x 24" in reason for reason in check(model, "another").reasons)
 
 
+def test_a_family_whose_head_is_found_through_its_base(tmp_path: Path) -> None:
+    """Ours stands in for the base after loading, so the head must have been kept."""
+    model = load_model(write_tiny_llama(tmp_path, hidden_act="relu"), dtype="float32", device=CPU, num_threads=1)
+    assert model.spec.backend == "transformers"
+    assert (model.head().out_features, model.head().in_features) == (257, 32)
+    assert len(check(model).reasons) == 1
+
+
 def test_worker_claims_what_was_found(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     config = EngineConfig(model=ModelConfig(dtype="float32", device="cpu", num_threads=1),
                           scheduler=SchedulerConfig(max_num_seqs=3), model_dir=str(tiny_llama_dir))
+    monkeypatch.setenv("FOLOVLLM_DISABLE_KERNELS", "1")
     good = load_worker(config)
     assert good.bit_exact and not caplog.records
     monkeypatch.setattr("gpu_worker.startup.self_check", lambda *_: self_check.Verdict(False, ["rows differ"]))
