@@ -7,6 +7,7 @@ for long ones; holds nothing that changes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from frontend.chat_template import ChatTemplate
 from frontend.tokenizer import Tokenizer
 from protocol.codec import ColumnError, i32_bytes, i32_column
 from protocol.config import EngineConfig
-from protocol.messages import Generate
+from protocol.messages import EngineReady, Generate
 from protocol.sampling_params import BadRequest, TokenParams, check_token_ids, resolve
 
 # Seams of the wire whose feature this engine does not have: refused, never ignored.
@@ -28,6 +29,12 @@ class Limits:
     vocab_size: int
     max_model_len: int               # tokens
     eos_token_ids: tuple[int, ...]
+
+
+def limits_of(ready: EngineReady, eos_token_ids: Iterable[int]) -> Limits:
+    """``eos_token_ids``: the tokenizer's.  One that the model cannot produce ends nothing and is left out."""
+    eos = {*eos_token_ids, *i32_column(ready.eos_token_ids).tolist()}
+    return Limits(ready.vocab_size, ready.max_model_len, tuple(sorted(token for token in eos if 0 <= token < ready.vocab_size)))
 
 
 class Intake:

@@ -25,12 +25,12 @@ import zmq
 from frontend.chat_template import ChatTemplate
 from frontend.detokenizer import Detokenizer
 from frontend.engine_client import EngineClient
-from frontend.intake import Intake, Limits
+from frontend.intake import Intake, Limits, limits_of
 from frontend.session import MakeDetokenizer, Session, derived_seed
 from frontend.tokenize_queue import Arrival, Result, TokenizeQueue
 from frontend.tokenizer import Tokenizer
 from protocol.child import ChildContext, start_child
-from protocol.codec import PROTOCOL_VERSION, Reject, Unsupported, i32_column
+from protocol.codec import PROTOCOL_VERSION, Reject, Unsupported
 from protocol.messages import (
     AbortStream, Connect, Drain, EngineReady, Finish, Generate, PeerDied, Ping, Welcome, from_sdk, to_sdk,
 )
@@ -163,8 +163,7 @@ class FrontendProcess:
         if ready is self.greeted:
             return
         first, self.greeted = self.greeted is None, ready
-        eos = set(self.intake.tokenizer.eos_token_ids) | set(i32_column(ready.eos_token_ids).tolist())
-        self.limits = Limits(ready.vocab_size, ready.max_model_len, tuple(sorted(eos)))
+        self.limits = limits_of(ready, self.intake.tokenizer.eos_token_ids)
         self.page.set("vocab_size", ready.vocab_size)
         self.page.set("max_model_len", ready.max_model_len)
         if first:

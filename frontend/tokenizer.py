@@ -131,9 +131,12 @@ class Tokenizer:
     def _eos_token_ids(self) -> tuple[int, ...]:
         """Union of what config, generation_config and tokenizer say, ascending."""
         found: set[int] = set()
-        for source in (read_json(self.model_dir / "config.json"), self._generation):
-            value = source.get("eos_token_id")
-            found.update(value if isinstance(value, list) else () if value is None else (value,))
+        for name in ("config.json", "generation_config.json"):
+            value = read_json(self.model_dir / name).get("eos_token_id")
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(token) is int and abs(token) < 2**31 for token in ids):
+                raise TokenizerError(f"{self.model_dir / name}: eos_token_id: was {value!r}; allowed: a token id, or a list of them")
+            found.update(ids)
         own = self.token_id("eos_token")
         return tuple(sorted(found | ({own} if own is not None else set())))
 

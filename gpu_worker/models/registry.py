@@ -40,8 +40,7 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
         torch.set_num_threads(num_threads)
     config = weights.read_json(model_dir / "config.json", required=True)
     _check_config(config)
-    generation_config = weights.read_json(model_dir / "generation_config.json", required=False)
-    settings: dict[str, Any] = {"eos_token_ids": weights.eos_token_ids(config, generation_config),
+    settings: dict[str, Any] = {"eos_token_ids": weights.eos_token_ids(model_dir),
                                 "kv_dtype": None if kv_cache_dtype == "auto" else DTYPES[kv_cache_dtype]}
     try:
         lean = decoder_config.read(config)

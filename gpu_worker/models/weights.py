@@ -41,12 +41,15 @@ def read_json(path: Path, *, required: bool) -> dict[str, Any]:
     return content
 
 
-def eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any]) -> tuple[int, ...]:
-    """Union of what both files say, ascending."""
+def eos_token_ids(model_dir: Path) -> tuple[int, ...]:
+    """Union of what config.json and generation_config.json say, ascending; ModelError for what is no token id."""
     found: set[int] = set()
-    for source in (config, generation_config):
-        value = source.get("eos_token_id")
-        found.update(value if isinstance(value, list) else () if value is None else (value,))
+    for name, required in (("config.json", True), ("generation_config.json", False)):
+        value = read_json(model_dir / name, required=required).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and abs(token) < 2**31 for token in ids):
+            raise ModelError(f"{model_dir / name}: eos_token_id: was {value!r}; allowed: a token id, or a list of them")
+        found.update(ids)
     return tuple(sorted(found))
 
 

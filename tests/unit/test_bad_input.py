@@ -8,12 +8,12 @@ import math
 import msgspec
 import pytest
 
-from frontend.intake import Intake, Limits
+from frontend.intake import Intake, Limits, limits_of
 from frontend.process import explain_reject
 from frontend_fakes import EOS, VOCAB, FakeTokenizer, generate
 from protocol.codec import Reject, f32_bytes, i32_bytes, i32_column
 from protocol.config import EngineConfig, SchedulerConfig
-from protocol.messages import ChatMessage, Generate, from_sdk
+from protocol.messages import ChatMessage, EngineReady, Generate, from_sdk
 from protocol.sampling_params import BadRequest, SamplingParams, WireParams, from_wire, resolve, to_wire
 
 NAN, INF = math.nan, math.inf
@@ -151,6 +151,12 @@ def test_what_the_engine_cannot_do_is_refused_not_ignored(message: Generate, fie
 def test_a_tokenizer_that_knows_more_tokens_than_the_model() -> None:
     with pytest.raises(BadRequest, match=r"prompt: token id 26 is not in \[0, 10\)"):
         make_intake().prepare(replaced(text="az"), Limits(10, 100, (EOS,)))
+
+
+def test_an_eos_that_the_model_cannot_produce_is_left_out() -> None:
+    """Checkpoints have such: -1, or a tokenizer of more tokens than the model.  No request may suffer from it."""
+    ready = EngineReady(0, 1, 1, 100, 8, 32, VOCAB, i32_bytes([EOS, VOCAB]), "fp")
+    assert limits_of(ready, (-1, 5, VOCAB + 1)) == Limits(VOCAB, 100, tuple(sorted((5, EOS))))
 
 
 def test_priority_is_welcome_where_it_counts() -> None:

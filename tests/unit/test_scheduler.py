@@ -1,11 +1,12 @@
 """The founding document's scheduler tests, and what else a frontend sees of scheduling."""
 
 import numpy as np
+import pytest
 
-from core_harness import FRONTEND, Harness, key_of
+from core_harness import FRONTEND, VOCAB, Harness, key_of
 from core_proc.request import RequestStatus
 from core_proc.scheduler import share_budget
-from protocol.codec import i32_column
+from protocol.codec import i32_bytes, i32_column
 from protocol.messages import Abort, Finish, Rejected
 from protocol.steps import StepStatus
 
@@ -93,6 +94,17 @@ def test_queue_bound():
     assert engine.add(2, 4) is None
     rejected = [m for _, m in engine.core.take_outputs() if isinstance(m, Rejected)]
     assert (rejected[0].code, "max_num_queued_reqs = 1" in rejected[0].message) == ("queue_full", True)
+
+
+@pytest.mark.parametrize("column", ["stop_token_ids", "eos_token_ids", "allowed_token_ids", "logit_bias_ids", "bad_words_ids"])
+@pytest.mark.parametrize(("token", "accepted"), [(VOCAB - 1, True), (VOCAB, False), (-1, False)])
+def test_no_token_id_out_of_the_vocabulary_gets_into_a_plan(column, token, accepted):
+    """The worker would answer with bad_plan, which ends the engine."""
+    engine = Harness()
+    lists = {"stop_ids": [token]} if column == "stop_token_ids" else {column: i32_bytes([token])}
+    assert (engine.add(1, 4, **lists) is not None) == accepted
+    rejected = [(m.field, m.message) for _, m in engine.core.take_outputs() if isinstance(m, Rejected)]
+    assert rejected == ([] if accepted else [(column, f"token id {token} is not in [0, {VOCAB})")])
 
 
 def test_abort_needs_the_newest_attach_and_its_own_channel():

@@ -9,6 +9,7 @@ import pytest
 from gpu_worker.models.spec import ModelError
 from gpu_worker.startup import NO_ROW_PADDING, LoadedWorker, load_worker
 from protocol.config import EngineConfig, ModelConfig, SchedulerConfig
+from tiny_models import write_tiny_llama
 
 
 def load(model_dir: Path, scheduler: SchedulerConfig = SchedulerConfig(max_num_seqs=3), **model: object) -> LoadedWorker:
@@ -42,6 +43,13 @@ def test_fingerprint_names_the_numbers(tiny_llama_dir: Path) -> None:
     same = load(tiny_llama_dir).numerics_fingerprint
     assert load(tiny_llama_dir, SchedulerConfig(max_num_seqs=1)).numerics_fingerprint == same
     assert load(tiny_llama_dir, dtype="bfloat16").numerics_fingerprint != same
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], 1.5, True])
+def test_wrong_eos_is_named(tmp_path: Path, value: object) -> None:
+    write_tiny_llama(tmp_path, eos_token_id=value)
+    with pytest.raises(ModelError, match="config.json: eos_token_id: was .*; allowed: a token id, or a list of them"):
+        load(tmp_path)
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:

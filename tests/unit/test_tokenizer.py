@@ -61,6 +61,13 @@ def test_eos_is_the_union_of_three_files(tmp_path):
     assert Tokenizer(tmp_path).eos_token_ids == (1, 5, 7, 9)
 
 
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], 1.5, True, {"id": 2}])
+def test_wrong_eos_is_named(tmp_path, value):
+    write_small(tmp_path, generation={"eos_token_id": value})
+    with pytest.raises(TokenizerError, match="generation_config.json: eos_token_id: was .*; allowed: a token id, or a list of them"):
+        Tokenizer(tmp_path)
+
+
 def test_generation_defaults(tmp_path):
     write_small(tmp_path, generation={"temperature": 0.6, "top_p": 0.9, "top_k": None, "do_sample": True})
     assert Tokenizer(tmp_path).generation_defaults == {"temperature": 0.6, "top_p": 0.9}
