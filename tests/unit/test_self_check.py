@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from gpu_worker.models.layers import Linear, packs
 from gpu_worker.models.registry import load_model
 from gpu_worker.models.spec import LoadedModel, ModelSpec
 from gpu_worker.row_buckets import RowBuckets
-from gpu_worker.self_check import ROW_COUNTS, attention_faults, product_faults
+from gpu_worker.self_check import HEAD_BATCHES, ROW_COUNTS, attention_faults, product_faults
 from gpu_worker.startup import load_worker
 from protocol.config import EngineConfig, ModelConfig, SchedulerConfig
 from private_cache import use_private_cache
@@ -36,6 +36,15 @@ Change = Callable[[Tensor, Tensor], None]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return use_private_cache(monkeypatch, tmp_path / "cache") / "self_check"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other by spinning are slow beside other programs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Changed:
@@ -133,6 +142,13 @@ def test_head_is_looked_at_for_as_many_rows_as_it_meets() -> None:
     model.linears = lambda: [other]
     assert check(model, max_num_seqs=64).bit_exact
     assert not check(model, max_num_seqs=512).bit_exact
+
+
+@pytest.mark.parametrize(("size", "seen"), [(1, 16), (2, 32), (4, 64), (5, 64), (8, 64), (64, 64)])
+def test_head_meets_every_row_from_four_rows_on(size: int, seen: int) -> None:
+    calls: list[list[float]] = []            # what stands first in each row
+    product_faults(Changed(lambda x, _: calls.append(x[:, 0].tolist())), [size], most_batches=HEAD_BATCHES)
+    assert len({value for row in calls[1:] for value in row}) == seen and len(calls) <= 1 + HEAD_BATCHES
 
 
 def test_not_a_number_equals_itself() -> None:
