@@ -49,7 +49,12 @@ class Channel:
         else:
             self._owes_heartbeat = True
         if gap:
-            self.send(Sync, now_ns, have=i32_bytes([v for s, r in self.streams.items() for v in (s, r.sent_tokens)]))
+            self.sync(now_ns)
+
+    def sync(self, now_ns: int) -> None:
+        """Tell which streams are known; the frontend adds the others again, and its aborts that were lost."""
+        have = i32_bytes([value for stream, request in self.streams.items() for value in (stream, request.sent_tokens)])
+        self.send(Sync, now_ns, have=have, received_seq=self._received_seq)
 
     def tick(self, now_ns: int) -> None:
         """Acknowledge in silence; forget what nobody has asked for in a minute."""

@@ -159,8 +159,7 @@ class EngineCore:
             request = channel.streams.get(stream)
             if request is not None:
                 deliver_again(self.live, channel, request, have, now_ns)
-        channel.send(Sync, now_ns, have=b"".join(
-            int(v).to_bytes(4, "little") for s in channel.streams for v in (s, 0)))
+        channel.sync(now_ns)
 
     def _end(self, request: Request, finish: Finish) -> None:
         self.live.finish(request, finish)

@@ -109,7 +109,7 @@ class EngineClient:
                 missing |= not self._handle(message, session)
         if missing:
             have = [value for entry in session.streams() for value in entry]
-            self._send(Sync, have=i32_bytes(have))
+            self._send(Sync, have=i32_bytes(have), received_seq=self._received_seq)
         return len(frames)
 
     def _handle(self, message: msgspec.Struct, session: Session) -> bool:
@@ -130,14 +130,20 @@ class EngineClient:
                     log.error("Outputs %d from the core: %s", message.channel_seq, error)
                     return False
             case Heartbeat(received_seq=received):
-                self._unacknowledged = {s: f for s, f in self._unacknowledged.items() if s > received}
-            case Sync(have=have):
+                if not gap:      # else a Sync may be missing that told of lost aborts
+                    self._split_aborts(received)
+            case Sync(have=have, received_seq=received):
                 session.resubmit_unknown(set(i32_column(have)[::2].tolist()))
-                lost, self._unacknowledged = self._unacknowledged, {}
-                for fields in lost.values():
+                for fields in self._split_aborts(received):
                     self._send(Abort, **fields)
                     self._unacknowledged[self._sent_seq] = fields
         return not gap
+
+    def _split_aborts(self, received_seq: int) -> list[dict]:
+        """Those up to ``received_seq``, which wait no longer; later ones are under way."""
+        settled = [fields for seq, fields in self._unacknowledged.items() if seq <= received_seq]
+        self._unacknowledged = {seq: fields for seq, fields in self._unacknowledged.items() if seq > received_seq}
+        return settled
 
     def _outputs(self, message: Outputs, session: Session) -> bool:
         """Events and prompt logprobs first: a stream that ends is forgotten at once."""

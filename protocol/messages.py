@@ -118,6 +118,7 @@ class Sync(msgspec.Struct, tag=13, frozen=True, array_like=True, gc=False):
 
     channel_seq: Serial
     have: bytes                      # i32[n, 2] (stream, tokens)
+    received_seq: Serial             # what came later is under way, not lost
 
 
 class Heartbeat(msgspec.Struct, tag=14, frozen=True, array_like=True, gc=False):

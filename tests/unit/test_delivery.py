@@ -65,7 +65,7 @@ def test_prompt_logprobs_of_a_preempted_request():
 def ask_again(engine: Harness, number: int, have: int) -> list[Outputs]:
     """What a frontend that holds ``have`` tokens is told after a gap."""
     engine.core.take_outputs()
-    engine.tell(Sync, have=i32_bytes([number * 16, have]))
+    engine.tell(Sync, have=i32_bytes([number * 16, have]), received_seq=0)
     return [message for _, message in engine.core.take_outputs() if isinstance(message, Outputs)]
 
 

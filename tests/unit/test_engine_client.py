@@ -173,12 +173,39 @@ def test_the_cores_sync_brings_back_adds_and_aborts_it_never_got(channel: Channe
     known, lost, left = channel.open(1), channel.open(2), channel.open(3)
     channel.session.abort(b"client", left.key, 0)
     channel.link.messages()
-    channel.hear(Sync(2, i32_bytes([known.children[0].stream, 0])))
+    channel.hear(Sync(2, i32_bytes([known.children[0].stream, 0]), received_seq=5))
     add, abort = channel.link.messages()
     assert (add.key, abort.key) == (lost.core_key, left.core_key)
     channel.hear(Heartbeat(3, 3, received_seq=abort.channel_seq))     # now it has it
-    channel.hear(Sync(4, i32_bytes([known.children[0].stream, 0, lost.children[0].stream, 0])))
+    channel.hear(Sync(4, i32_bytes([known.children[0].stream, 0, lost.children[0].stream, 0]), received_seq=abort.channel_seq))
     assert channel.link.messages() == []
+
+
+def test_an_abort_that_is_under_way_is_not_sent_again(channel: Channel) -> None:
+    """Else, where frames get lost, what is sent again makes gaps that make more be sent again."""
+    channel.start()
+    first, second = channel.open(1), channel.open(2)
+    channel.session.abort(b"client", first.key, 0)
+    channel.session.abort(b"client", second.key, 0)
+    early, late = channel.link.messages()[-2:]
+    channel.hear(Sync(2, b"", received_seq=early.channel_seq))
+    again, = channel.link.messages()
+    assert (again.key, again.channel_seq) == (first.core_key, late.channel_seq + 1)
+    channel.hear(Sync(3, b"", received_seq=late.channel_seq))
+    again, = channel.link.messages()
+    assert again.key == second.core_key
+
+
+def test_a_heartbeat_behind_a_gap_forgets_no_abort(channel: Channel) -> None:
+    """What is missing may be the Sync that asked for it."""
+    channel.start()
+    request = channel.open()
+    channel.session.abort(b"client", request.key, 0)
+    abort = channel.link.messages()[-1]
+    channel.hear(Heartbeat(3, 3, abort.channel_seq))
+    assert [type(m) for m in channel.link.messages()] == [Sync]
+    channel.hear(Sync(4, b"", received_seq=abort.channel_seq))
+    assert [m.key for m in channel.link.messages()] == [request.core_key]
 
 
 def test_a_readded_stream_carries_its_tokens(channel: Channel) -> None:
@@ -186,7 +213,7 @@ def test_a_readded_stream_carries_its_tokens(channel: Channel) -> None:
     child = channel.open().children[0]
     channel.hear(outputs(2, (child.stream, 0, [1, 2])))
     channel.link.messages()
-    channel.hear(Sync(3, b""))
+    channel.hear(Sync(3, b"", received_seq=2))
     add, = channel.link.messages()
     assert ids(add.output_ids) == [1, 2]
 

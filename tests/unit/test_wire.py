@@ -42,7 +42,7 @@ GOLDEN = [
      " 08 00 c40163 c40168 00 01 c0 c0 c0 c0 c0 c0"),
     (m.Abort(1, KEY, None, 1, 0), m.to_core, "96 0b 01 c410000102030405060708090a0b0c0d0e0f c0 01 00"),
     (m.ResumeDone(1), m.to_core, "92 0c 01"),
-    (m.Sync(1, i32_bytes([1, 2])), m.to_core, "93 0d 01 c4080100000002000000"),
+    (m.Sync(1, i32_bytes([1, 2]), 5), m.to_core, "94 0d 01 c4080100000002000000 05"),
     (m.Heartbeat(3, 3, 2), m.to_frontend, "94 0e 03 03 02"),
     (m.EngineReady(1, 1, 2, 128, 10, 32, 100, i32_bytes([2]), "f", True), m.to_frontend,
      "9b 14 01 01 02 cc80 0a 20 64 c40402000000 a166 c3"),
