@@ -12,7 +12,7 @@ namespace folo {
 
 namespace {
 
-constexpr int EXPANDED_ROWS = 13;   // from so many query rows on a tile is laid out as Q first
+constexpr int EXPANDED_ROWS = 13;   // from so many query rows on a tile is laid out as Q first, and memory is no matter
 
 // What does not depend on the type of activations.
 struct Layer {
@@ -21,18 +21,18 @@ struct Layer {
     AttentionPlan* plan;
 };
 
-// One thread at work on one unit. Q: queries and weights, E: K and V.
+// One thread at work on one KV head of a unit. Q: queries and weights, E: K and V.
 template <typename Q, typename E>
 class UnitRun {
   public:
-    UnitRun(const Layer& layer, const AttentionUnit& unit, float* memory)
-        : a(layer), u(unit), shape(layer.plan->shape), group(shape.group()), dim(shape.head_dim), rows(unit.count * group),
-          scratch(memory, rows, dim), queries(reinterpret_cast<Q*>(scratch.queries)) {}
+    UnitRun(const Layer& layer, const AttentionUnit& unit, int kv_head, float* memory)
+        : a(layer), u(unit), shape(layer.plan->shape), kv_head(kv_head), group(shape.group()), dim(shape.head_dim),
+          rows(unit.count * group), scratch(memory, rows, dim), queries(reinterpret_cast<Q*>(scratch.queries)) {}
 
     template <typename T>
     void take_queries(const Heads<const T>& from) {
         for (int r = 0; r < rows; ++r) {
-            const T* x = from.at(u.token + r / group, u.kv_head * group + r % group);
+            const T* x = from.at(u.token + r / group, kv_head * group + r % group);
             for (int i = 0; i < dim; i += LANES) store_from_float(queries + r * dim + i, load_as_float(x + i));
         }
     }
@@ -40,7 +40,8 @@ class UnitRun {
     // All segments of the unit; true if the result of its query block is complete.
     bool attend() {
         if (u.split < 0) {
-            for (int segment = u.first_segment; segment < u.last_segment; ++segment) {
+            attend_segment(u.first_segment, scratch.total);
+            for (int segment = u.first_segment + 1; segment < u.last_segment; ++segment) {
                 attend_segment(segment, scratch.segment);
                 merge(segment, scratch.segment);
             }
@@ -58,7 +59,7 @@ class UnitRun {
     void write(T* attended) const {
         for (int r = 0; r < rows; ++r) {
             const F32 share = set1(1.0f / scratch.total.sum[r]);
-            const int64_t token = u.token + r / group, head = u.kv_head * group + r % group;
+            const int64_t token = u.token + r / group, head = kv_head * group + r % group;
             T* to = attended + (token * shape.num_heads + head) * dim;
             for (int i = 0; i < dim; i += LANES) store_from_float(to + i, mul(load(scratch.total.acc + r * dim + i), share));
         }
@@ -68,7 +69,7 @@ class UnitRun {
     const Layer& a;
     const AttentionUnit& u;
     const AttentionShape& shape;
-    const int group, dim, rows;     // query row = token · group + query head within the group
+    const int kv_head, group, dim, rows;     // query row = token · group + query head within the group
     UnitScratch scratch;
     Q* queries;
 
@@ -93,10 +94,22 @@ class UnitRun {
         return {within(begin), within(end + window), within(end), within(begin + window)};
     }
 
+    KVTile<const E> keys(int tile) const { return key_tile<const E>(a.kv, block(tile), kv_head); }
+    KVTile<const E> values(int tile) const { return value_tile<const E>(a.kv, block(tile), kv_head); }
+
+    // What is read after the values of a segment's last tile.
+    const E* after(int tile) const {
+        if (tile < (u.position + u.count - 1) / TILE) return keys(tile + 1).values;
+        if (kv_head + 1 < u.last_kv_head) return key_tile<const E>(a.kv, block(shape.first_seen(u.position) / TILE), kv_head + 1).values;
+        return values(tile).values;
+    }
+
     void attend_segment(int segment, Partial to) {
         const int first_tile = std::max(segment * SEGMENT_TILES, shape.first_seen(u.position) / TILE);
         const int last_tile = std::min(segment * SEGMENT_TILES + SEGMENT_TILES - 1, (u.position + u.count - 1) / TILE);
-        for (int tile = first_tile; tile <= last_tile; ++tile) score_tile(tile, tile % SEGMENT_TILES * TILE);
+        for (int tile = first_tile; tile <= last_tile; ++tile) {
+            score_tile(tile, tile < last_tile ? keys(tile + 1).values : values(first_tile).values);
+        }
         for (int r = 0; r < rows; ++r) {
             const Seen s = seen(r / group, segment);
             if (s.first >= s.last) continue;
@@ -105,38 +118,54 @@ class UnitRun {
             weigh<Q, SCALED>(scores, s.first, s.last, scratch.value_scales, to.maximum + r, to.sum + r);
         }
         std::fill_n(to.acc, (int64_t)rows * dim, 0.0f);
-        for (int tile = first_tile; tile <= last_tile; ++tile) add_tile(tile, segment, to.acc);
+        for (int tile = first_tile; tile <= last_tile; ++tile) {
+            add_tile(tile, tile < last_tile ? values(tile + 1).values : after(tile), segment, to.acc);
+        }
     }
 
-    void score_tile(int tile, int place) {
-        const KVTile<const E> keys = key_tile<const E>(a.kv, block(tile), u.kv_head);
+    // work(tile as Q or E, the next one, whether to fetch that): few rows read the cache itself.
+    template <typename Expand, typename Work>
+    void on_tile(const E* tile, const E* next, float* memory, Expand expand, Work work) {
+        if constexpr (read_in_place<Q, E>()) {
+            if (rows < EXPANDED_ROWS) return work(tile, next, std::true_type());
+        }
+        if constexpr (std::is_same_v<Q, E>) {
+            work(tile, next, std::false_type());
+        } else {
+            Q* expanded = reinterpret_cast<Q*>(memory);
+            expand(tile, dim, expanded);
+            work(static_cast<const Q*>(expanded), static_cast<const Q*>(expanded), std::false_type());
+        }
+    }
+
+    void score_tile(int tile, const E* next) {
+        const int place = tile % SEGMENT_TILES * TILE;
         const F32 scale = set1(a.softcap > 0 ? a.scale : a.scale * LOG2_E);
         for (int key = 0; key < TILE; key += LANES) {
-            store(scratch.key_factors + key, SCALED ? mul(load(keys.scales + key), scale) : scale);
+            store(scratch.key_factors + key, SCALED ? mul(load(keys(tile).scales + key), scale) : scale);
         }
-        if (SCALED) std::copy_n(value_tile<const E>(a.kv, block(tile), u.kv_head).scales, TILE, scratch.value_scales + place);
+        if (SCALED) std::copy_n(values(tile).scales, TILE, scratch.value_scales + place);
         const Seers s = seers(tile);
-        const auto score_rows = [&](const auto* tile_keys) {
+        const auto expand = [](const E* from, int size, Q* to) { expand_keys(from, size, to); };
+        on_tile(keys(tile).values, next, scratch.keys, expand, [&](const auto* tile_keys, const auto* next_keys, auto fetched) {
             in_groups((s.last - s.first) * group, [&](auto count, int row) {
                 row += s.first * group;
-                score<count, Q>(queries + row * dim, tile_keys, dim, scratch.key_factors, scratch.scores + row * SCORE_STRIDE + place);
+                score<count, fetched>(queries + row * dim, tile_keys, next_keys, dim, scratch.key_factors,
+                                      scratch.scores + row * SCORE_STRIDE + place);
             });
-        };
-        if (!expanded()) return score_rows(keys.values);
-        expand_keys(keys.values, dim, reinterpret_cast<Q*>(scratch.keys));
-        score_rows(reinterpret_cast<const Q*>(scratch.keys));
+        });
     }
 
-    void add_tile(int tile, int segment, float* acc) {
-        const KVTile<const E> values = value_tile<const E>(a.kv, block(tile), u.kv_head);
+    void add_tile(int tile, const E* next, int segment, float* acc) {
         const int place = tile % SEGMENT_TILES * TILE;
         const Seers s = seers(tile);
-        const auto add_rows = [&](const auto* tile_values) {
+        const auto expand = [](const E* from, int size, Q* to) { expand_values(from, size, to); };
+        on_tile(values(tile).values, next, scratch.values, expand, [&](const auto* tile_values, const auto* next_values, auto fetched) {
             const auto add = [&](int first, int last, int begin, int end) {
                 in_groups((last - first) * group, [&](auto count, int row) {
                     row += first * group;
                     const Q* weights = reinterpret_cast<const Q*>(scratch.scores + row * SCORE_STRIDE) + place;
-                    add_weighted<count>(weights, tile_values, begin, end, dim, acc + row * dim);
+                    add_weighted<count, fetched>(weights, tile_values, next_values, begin, end, dim, acc + row * dim);
                 });
             };
             for (int token = s.first; token < s.last; ++token) {
@@ -148,10 +177,7 @@ class UnitRun {
                     add(token, token + 1, std::max(keys.first - place, 0), std::min(keys.last - place, TILE));
                 }
             }
-        };
-        if (!expanded()) return add_rows(values.values);
-        expand_values(values.values, dim, reinterpret_cast<Q*>(scratch.values));
-        add_rows(reinterpret_cast<const Q*>(scratch.values));
+        });
     }
 
     // A segment's result joins those before it; a row takes part from the first segment on that it sees.
@@ -177,7 +203,6 @@ class UnitRun {
     }
 
     static constexpr bool SCALED = std::is_same_v<E, int8_t>;
-    bool expanded() const { return !std::is_same_v<Q, E> && rows >= EXPANDED_ROWS; }
 };
 
 template <typename T, typename E>
@@ -185,9 +210,12 @@ void attend_on(Team& team, const AttentionArguments<T>& a) {
     using Q = std::conditional_t<in_pairs<T, E>(), bf16, float>;
     const Layer layer{a.kv, a.scale, a.softcap, a.plan};
     team.for_each(a.plan->units.size(), [&](int64_t i) {
-        UnitRun<Q, E> unit(layer, a.plan->units[i], a.plan->thread_scratch(team.rank));
-        unit.take_queries(a.queries);
-        if (unit.attend()) unit.write(a.attended);
+        const AttentionUnit& unit = a.plan->units[i];
+        for (int head = unit.kv_head; head < unit.last_kv_head; ++head) {
+            UnitRun<Q, E> run(layer, unit, head, a.plan->thread_scratch(team.rank));
+            run.take_queries(a.queries);
+            if (run.attend()) run.write(a.attended);
+        }
     });
 }
 

@@ -66,7 +66,8 @@ void AttentionPlan::make(const AttentionBatch& given, const AttentionShape& kind
         cut(row, token, count, position, most_cost);
     });
     const auto cost_of = [&](const AttentionUnit& u) {
-        return cost(std::min<int64_t>((u.last_segment - u.first_segment) * SEGMENT_TILES, tiles_seen(shape, u.position, u.count)), u.count);
+        const int64_t tiles = std::min<int64_t>((u.last_segment - u.first_segment) * SEGMENT_TILES, tiles_seen(shape, u.position, u.count));
+        return cost(tiles, u.count) * (u.last_kv_head - u.kv_head);
     };
     std::stable_sort(units.begin(), units.end(), [&](const AttentionUnit& a, const AttentionUnit& b) { return cost_of(a) > cost_of(b); });
 
@@ -79,21 +80,22 @@ void AttentionPlan::make(const AttentionBatch& given, const AttentionShape& kind
     }
 }
 
-// The units of one query block: as many a KV head as keep each at about `most_cost`.
+// The units of one query block, each of about `most_cost` at most: several KV heads, or some segments of one.
 void AttentionPlan::cut(int32_t row, int32_t token, int32_t count, int32_t position, int64_t most_cost) {
     const int32_t begin = shape.first_seen(position) / SEGMENT, end = (position + count - 1) / SEGMENT + 1, segments = end - begin;
-    int64_t parts = (cost(tiles_seen(shape, position, count), count) + most_cost - 1) / most_cost;
-    parts = std::max<int64_t>(1, std::min<int64_t>(parts, segments));
+    const int64_t head_cost = cost(tiles_seen(shape, position, count), count);
     const int64_t partials = segments * Partial::floats(count * shape.group(), shape.head_dim);
+    int64_t parts = std::min<int64_t>((head_cost + most_cost - 1) / most_cost, segments);
     if (partial_floats_ + partials * shape.num_kv_heads > MOST_PARTIALS) parts = 1;
-    for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
+    const int32_t heads = std::max<int64_t>(1, std::min<int64_t>(most_cost / head_cost, shape.num_kv_heads));
+    for (int32_t head = 0; head < shape.num_kv_heads; head += heads) {
         if (parts > 1) {
             splits.push_back({begin, end, static_cast<int32_t>(parts), 0, partial_floats_});
             partial_floats_ += partials;
         }
         for (int64_t part = 0; part < parts; ++part) {
-            units.push_back({row, head, token, count, position, static_cast<int32_t>(begin + segments * part / parts),
-                             static_cast<int32_t>(begin + segments * (part + 1) / parts),
+            units.push_back({row, head, std::min(head + heads, shape.num_kv_heads), token, count, position,
+                             static_cast<int32_t>(begin + segments * part / parts), static_cast<int32_t>(begin + segments * (part + 1) / parts),
                              parts > 1 ? static_cast<int32_t>(splits.size()) - 1 : -1});
         }
     }

@@ -3,7 +3,7 @@
 // A *query block* is some consecutive new tokens of one row (request); with the query heads that
 // share a KV head it gives the *query rows* that are worked on together. A *segment* is 256
 // absolute positions, 8 tiles of 32. A *unit* is what one thread computes at a time: a query
-// block, a KV head, and some of the segments that the block sees. The cut decides where and when
+// block, and some KV heads or some segments that the block sees. The cut decides where and when
 // a number is computed, never how.
 #pragma once
 
@@ -37,7 +37,8 @@ struct AttentionShape {
 };
 
 struct AttentionUnit {
-    int32_t row, kv_head;
+    int32_t row;
+    int32_t kv_head, last_kv_head;   // last_kv_head excluded
     int32_t token, count;            // tokens token … token + count − 1 of the step
     int32_t position;                // absolute, of the first of them
     int32_t first_segment, last_segment;             // last_segment excluded

@@ -16,7 +16,6 @@
 namespace folo {
 
 constexpr int SCORE_STRIDE = UnitScratch::SCORE_STRIDE;
-constexpr int MAX_ROWS = 6;                          // query rows worked on together
 constexpr std::integral_constant<int, 0> LOWER;
 constexpr std::integral_constant<int, 1> UPPER;
 
@@ -30,28 +29,63 @@ constexpr bool in_pairs() {
 #endif
 }
 
-// work(number of rows as a constant, first row) over all rows, in groups of nearly equal size.
+// Whether K and V of type E are read as they lie in the cache where few rows read them. (Float
+// activations where the CPU has pairs are rare enough to lay out every tile for them.)
+template <typename Q, typename E>
+constexpr bool read_in_place() {
+#if defined(FOLO_BF16)
+    return std::is_same_v<Q, bf16> || std::is_same_v<E, float>;
+#else
+    return true;
+#endif
+}
+
+// work(number of rows as a constant, first row) over all rows, in groups of 6, and 4, 3, 2 or 1 at the end.
 template <typename Work>
 inline void in_groups(int rows, Work work) {
-    const int groups = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (int i = 0, first = 0; i < groups; ++i) {
-        const int count = (rows - first + groups - i - 1) / (groups - i);
-        switch (count) {
-            case 1: work(std::integral_constant<int, 1>(), first); break;
-            case 2: work(std::integral_constant<int, 2>(), first); break;
-            case 3: work(std::integral_constant<int, 3>(), first); break;
-            case 4: work(std::integral_constant<int, 4>(), first); break;
-            case 5: work(std::integral_constant<int, 5>(), first); break;
-            default: work(std::integral_constant<int, 6>(), first);
-        }
+    int first = 0;
+    const auto group = [&](auto count) {
+        work(count, first);
         first += count;
+    };
+    while (rows - first >= 9 || rows - first == 6) group(std::integral_constant<int, 6>());
+    while (rows - first >= 7 || rows - first == 4) group(std::integral_constant<int, 4>());     // 8 = 4 + 4, 7 = 4 + 3
+    if (rows - first >= 3) group(std::integral_constant<int, 3>());
+    if (rows - first == 2) group(std::integral_constant<int, 2>());
+    if (rows - first == 1) group(std::integral_constant<int, 1>());
+}
+
+// Decode waits for memory: while a tile is worked on, its kernels ask for the next one, piece by
+// piece. (All at once, the requests would hold up the loads.)
+template <int ELEMENTS, typename E>
+inline void fetch(const E* next) {
+    for (int i = 0; i < ELEMENTS; i += 64 / static_cast<int>(sizeof(E))) __builtin_prefetch(next + i);
+}
+
+// sums[r][v] += row(r) · vector(v). Of rows and vectors, the fewer are held in registers meanwhile.
+template <int ROWS, int VECTORS, typename Row, typename Vector>
+inline void add_outer(F32 (&sums)[ROWS][VECTORS], Row row, Vector vector) {
+    if constexpr (ROWS < VECTORS) {
+        F32 held[ROWS];
+        for (int r = 0; r < ROWS; ++r) held[r] = row(r);
+        for (int v = 0; v < VECTORS; ++v) {
+            const F32 x = vector(v);
+            for (int r = 0; r < ROWS; ++r) sums[r][v] = fma(held[r], x, sums[r][v]);
+        }
+    } else {
+        F32 held[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) held[v] = vector(v);
+        for (int r = 0; r < ROWS; ++r) {
+            const F32 x = row(r);
+            for (int v = 0; v < VECTORS; ++v) sums[r][v] = fma(x, held[v], sums[r][v]);
+        }
     }
 }
 
 // ---- Scores: queries [ROWS, dim] · one tile of K, times factors [32] → scores [ROWS, SCORE_STRIDE]. ----
 
-template <int ROWS, typename Q, typename E>
-[[gnu::noinline]] void score(const Q* queries, const E* keys, int dim, const float* factors, float* scores) {
+template <int ROWS, bool FETCH, typename Q, typename E>
+[[gnu::noinline]] void score(const Q* queries, const E* keys, const E* next, int dim, const float* factors, float* scores) {
     constexpr int VECTORS = ROWS <= 3 && TILE / LANES >= 4 ? 4 : 2;
     for (int key = 0; key < TILE; key += VECTORS * LANES) {
         F32 sums[ROWS][VECTORS];
@@ -59,6 +93,7 @@ template <int ROWS, typename Q, typename E>
             for (int v = 0; v < VECTORS; ++v) sums[r][v] = zero();
         }
         for (int d = 0; d < dim; d += 2) {
+            if (FETCH) fetch<2 * VECTORS * LANES>(next + d * TILE + 2 * key);
             if constexpr (std::is_same_v<Q, bf16>) {
 #if defined(FOLO_BF16)
                 I32 pairs[ROWS];
@@ -70,12 +105,8 @@ template <int ROWS, typename Q, typename E>
 #endif
             } else {
                 const auto add_dimension = [&](auto odd) {
-                    F32 q[ROWS];
-                    for (int r = 0; r < ROWS; ++r) q[r] = set1(queries[r * dim + d + odd]);
-                    for (int v = 0; v < VECTORS; ++v) {
-                        const F32 k = load_key<odd>(keys, d, key + v * LANES);
-                        for (int r = 0; r < ROWS; ++r) sums[r][v] = fma(q[r], k, sums[r][v]);
-                    }
+                    add_outer(sums, [&](int r) { return set1(queries[r * dim + d + odd]); },
+                              [&](int v) { return load_key<odd>(keys, d, key + v * LANES); });
                 };
                 add_dimension(LOWER);
                 add_dimension(UPPER);
@@ -126,57 +157,70 @@ inline void weigh(float* scores, int begin, int end, const float* value_scales, 
 
 // ---- Sums: acc [ROWS, dim] += weights [ROWS] of keys begin … end − 1 · one tile of V. ----
 
-template <int ROWS, int VECTORS, typename Q, typename E>
-inline void add_columns(const Q* weights, const E* values, int begin, int end, int dim, int column, float* acc) {
-    constexpr int STRIDE = SCORE_STRIDE * sizeof(float) / sizeof(Q);
+template <typename Q> constexpr int WEIGHT_STRIDE = SCORE_STRIDE * sizeof(float) / sizeof(Q);
+
+// Whole pairs of keys, VECTORS · LANES columns.
+template <int ROWS, int VECTORS, bool FETCH, typename Q, typename E>
+inline void add_columns(const Q* weights, const E* values, const E* next, int begin, int end, int dim, int column, float* acc) {
     F32 sums[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r) {
         for (int v = 0; v < VECTORS; ++v) sums[r][v] = load(acc + r * dim + column + v * LANES);
     }
-    if constexpr (std::is_same_v<Q, bf16>) {
+    for (int key = begin; key < end; key += 2) {
+        if (FETCH) fetch<2 * VECTORS * LANES>(next + key * dim + 2 * column);
+        if constexpr (std::is_same_v<Q, bf16>) {
 #if defined(FOLO_BF16)
-        const auto add_pair = [&](int key, I32 kept) {
             I32 pairs[ROWS];
-            for (int r = 0; r < ROWS; ++r) pairs[r] = broadcast_pair(weights + r * STRIDE + key);
+            for (int r = 0; r < ROWS; ++r) pairs[r] = broadcast_pair(weights + r * WEIGHT_STRIDE<Q> + key);
             for (int v = 0; v < VECTORS; ++v) {
-                const I32 value = andi(load_value_pairs(values, key, column + v * LANES, dim), kept);
+                const I32 value = load_value_pairs(values, key, column + v * LANES, dim);
                 for (int r = 0; r < ROWS; ++r) sums[r][v] = dot_pairs(sums[r][v], value, pairs[r]);
             }
-        };
-        const I32 both = set1i(-1), only_upper = set1i(static_cast<int32_t>(0xffff0000)), only_lower = set1i(0xffff);
-        int key = begin;
-        if (key % 2) add_pair(key++ - 1, only_upper);
-        for (; key + 1 < end; key += 2) add_pair(key, both);
-        if (key < end) add_pair(key, only_lower);
 #endif
-    } else {
-        const auto add_key = [&](int key, auto odd) {
-            F32 w[ROWS];
-            for (int r = 0; r < ROWS; ++r) w[r] = set1(weights[r * STRIDE + key + odd]);
-            for (int v = 0; v < VECTORS; ++v) {
-                const F32 value = load_value<odd>(values, key, column + v * LANES, dim);
-                for (int r = 0; r < ROWS; ++r) sums[r][v] = fma(w[r], value, sums[r][v]);
-            }
-        };
-        int key = begin;
-        if (key % 2) add_key(key++ - 1, UPPER);
-        for (; key + 1 < end; key += 2) {
-            add_key(key, LOWER);
-            add_key(key, UPPER);
+        } else {
+            const auto add_key = [&](auto odd) {
+                add_outer(sums, [&](int r) { return set1(weights[r * WEIGHT_STRIDE<Q> + key + odd]); },
+                          [&](int v) { return load_value<odd>(values, key, column + v * LANES, dim); });
+            };
+            add_key(LOWER);
+            add_key(UPPER);
         }
-        if (key < end) add_key(key, LOWER);
     }
     for (int r = 0; r < ROWS; ++r) {
         for (int v = 0; v < VECTORS; ++v) store(acc + r * dim + column + v * LANES, sums[r][v]);
     }
 }
 
-template <int ROWS, typename Q, typename E>
-[[gnu::noinline]] void add_weighted(const Q* weights, const E* values, int begin, int end, int dim, float* acc) {
+// One key, whose neighbour in its pair is not seen: nothing is read of that.
+template <int ODD, typename Q, typename E>
+[[gnu::noinline]] void add_single(const Q* weights, int rows, const E* values, int pair, int dim, float* acc) {
+    for (int r = 0; r < rows; ++r, weights += WEIGHT_STRIDE<Q>, acc += dim) {
+        for (int column = 0; column < dim; column += LANES) {
+            F32 sum = load(acc + column);
+            if constexpr (std::is_same_v<Q, bf16>) {
+#if defined(FOLO_BF16)
+                const I32 kept = set1i(static_cast<int32_t>(ODD ? 0xffff0000 : 0xffff));
+                sum = dot_pairs(sum, andi(load_value_pairs(values, pair, column, dim), kept), andi(broadcast_pair(weights + pair), kept));
+#endif
+            } else {
+                sum = fma(set1(weights[pair + ODD]), load_value<ODD>(values, pair, column, dim), sum);
+            }
+            store(acc + column, sum);
+        }
+    }
+}
+
+template <int ROWS, bool FETCH, typename Q, typename E>
+[[gnu::noinline]] void add_weighted(const Q* weights, const E* values, const E* next, int begin, int end, int dim, float* acc) {
     constexpr int VECTORS = LANES == 16 || ROWS <= 3 ? 4 : 2;
-    int column = 0;
-    for (; column + VECTORS * LANES <= dim; column += VECTORS * LANES) add_columns<ROWS, VECTORS, Q>(weights, values, begin, end, dim, column, acc);
-    for (; column < dim; column += LANES) add_columns<ROWS, 1, Q>(weights, values, begin, end, dim, column, acc);
+    if (begin % 2) add_single<1>(weights, ROWS, values, begin++ - 1, dim, acc);
+    const int whole = end - end % 2;
+    int column = begin < whole ? 0 : dim;
+    for (; column + VECTORS * LANES <= dim; column += VECTORS * LANES) {
+        add_columns<ROWS, VECTORS, FETCH>(weights, values, next, begin, whole, dim, column, acc);
+    }
+    for (; column < dim; column += LANES) add_columns<ROWS, 1, FETCH>(weights, values, next, begin, whole, dim, column, acc);
+    if (whole >= begin && whole < end) add_single<0>(weights, ROWS, values, whole, dim, acc);
 }
 
 // ---- Tiles that many rows read are first laid out as Q, in the thread's own scratch. ----

@@ -101,7 +101,7 @@ inline I32 load_value_pairs(const bf16* tile, int key, int column, int dim) { re
 
 template <int ODD>
 inline F32 of_pairs(I32 pairs) {
-    return as_float(ODD ? andi(pairs, set1i(static_cast<int32_t>(0xffff0000))) : shift_left<16>(pairs));
+    return ODD ? upper_half(pairs) : as_float(shift_left<16>(pairs));
 }
 template <int ODD> inline F32 load_key(const bf16* tile, int d, int key) { return of_pairs<ODD>(load_key_pairs(tile, d, key)); }
 template <int ODD> inline F32 load_value(const bf16* tile, int key, int column, int dim) {

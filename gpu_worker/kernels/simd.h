@@ -179,6 +179,17 @@ inline I32 rounded_bf16(F32 x) {
     return shift_right<16>(as_int(select_nan(x, as_float(set1i(0x7fc00000)), rounded)));
 }
 
+// The floats whose upper halves stand in the upper halves of x. (Of 16 registers none is left for
+// the mask where a product needs them: there it is read from memory, which the compiler may not undo.)
+inline F32 upper_half(I32 x) {
+#if defined(FOLO_AVX512)
+    return as_float(andi(x, set1i(static_cast<int32_t>(0xffff0000))));
+#else
+    alignas(32) static const volatile uint32_t MASK[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+    return as_float(andi(x, *reinterpret_cast<const volatile I32*>(MASK)));
+#endif
+}
+
 // A vector of activations or of K/V, whatever they are stored as.
 inline F32 load_as_float(const float* p) { return load(p); }
 inline F32 load_as_float(const bf16* p) { return as_float(shift_left<16>(widen_u16(p))); }
