@@ -65,6 +65,7 @@ class _CpuStep:
         self._backend.keep(self._plans.values())
 
     def attend(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (_readable(x, query.dtype) for x in (query, key, value))
         attended = query.new_empty(query.shape[0], layer.num_heads * layer.head_dim)
         kv = KVLayer.of(self._kv.layers[layer.index])
         self._backend.run(AttendCall(
@@ -78,6 +79,12 @@ class _CpuStep:
         if shape not in self._plans:
             self._plans[shape] = self._backend.plan(Shape(*shape), self._batch)
         return self._plans[shape]
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the kernels take it: of one type with the queries, a head's values one after another."""
+    x = x.to(dtype)
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def batch_of(metadata: AttentionMetadata) -> Batch:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from gpu_worker.attention.cpu import CpuAttention
+from gpu_worker.attention.interface import AttentionBackend, AttentionLayer
+from gpu_worker.attention.reference import ReferenceAttention
 from gpu_worker.kernels.build import KernelsUnavailable
 from gpu_worker.kernels.elementwise import GROUP
 from gpu_worker.kernels.library import Library
@@ -56,3 +58,15 @@ class CpuKernels:
         if lacking is not None:
             logger.warning("this model runs without own CPU kernels, several times slower: %s", lacking)
         return lacking is None
+
+
+def attention_backend(kernels: CpuKernels | None, layers: tuple[AttentionLayer, ...], dtype: torch.dtype) -> AttentionBackend:
+    """The attention of a model whose other operators are torch's: the kernels' where there are any that know its heads."""
+    if kernels is None:
+        return ReferenceAttention()
+    for layer in layers:
+        lacking = CpuAttention.lacks_heads(layer.head_dim, dtype)
+        if lacking is not None:
+            logger.warning("this model's attention runs without own CPU kernels, several times slower: %s", lacking)
+            return ReferenceAttention()
+    return kernels.attention

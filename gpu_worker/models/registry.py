@@ -7,6 +7,7 @@ goes to the transformers backend, and the log says why.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from gpu_worker.attention.reference import ReferenceAttention
 from gpu_worker.models import decoder_config, weights
-from gpu_worker.models.cpu_kernels import CpuKernels
+from gpu_worker.models.cpu_kernels import CpuKernels, attention_backend
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.models.decoder_parts import DecoderParts, PlainParts, TorchProducts
 from gpu_worker.models.kernel_decoder import KernelDecoder
@@ -50,7 +51,8 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
                              f" allowed: models of the families {', '.join(decoder_config.FAMILIES)}") from None
         logger.info("%s: run by the transformers backend: %s", model_dir, reason)
         from gpu_worker.models.transformers_backend import load_transformers_model   # slow to import, rarely needed
-        return load_transformers_model(model_dir, max_model_len=max_model_len, device=device, attention=ReferenceAttention(),
+        kernels = CpuKernels.open(device, torch.get_num_threads())
+        return load_transformers_model(model_dir, max_model_len=max_model_len, device=device, attention=partial(attention_backend, kernels),
                                        dtype=resolve_dtype(dtype, _checkpoint_dtype(config), device), **settings)
     settings["max_model_len"] = checked_max_model_len(max_model_len, lean.max_position)
     kernels = CpuKernels.open(device, torch.get_num_threads())

@@ -9,7 +9,7 @@ for equal to the windows that it gives, and a probe in chunks equal to its own f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,9 @@ class TransformersModel:
 
 
 def load_transformers_model(model_dir: Path, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None,
-                            eos_token_ids: tuple[int, ...], attention: AttentionBackend,
+                            eos_token_ids: tuple[int, ...], attention: Callable[[tuple[AttentionLayer, ...], torch.dtype], AttentionBackend],
                             kv_dtype: torch.dtype | None = None) -> TransformersModel:
-    """The model, proven by a probe; ModelError names what it lacks."""
+    """The model, proven by a probe; ModelError names what it lacks.  ``attention`` chooses the backend for its layers."""
     bridge.register()
     config = _read_config(model_dir)
     limit = getattr(config, "max_position_embeddings", None)
@@ -136,7 +136,7 @@ def load_transformers_model(model_dir: Path, *, dtype: torch.dtype, device: torc
         name=config.model_type, backend="transformers", layers=layers, hidden_size=config.hidden_size,
         vocab_size=expected.shape[-1], max_model_len=limit, dtype=dtype, eos_token_ids=eos_token_ids,
         other_kv_dtype=kv_dtype, supports_bit_exact=device.type == "cpu" and dtype != torch.float16 and not experts)
-    loaded = TransformersModel(base, head, spec, attention, fingerprint)
+    loaded = TransformersModel(base, head, spec, attention(layers, dtype), fingerprint)
     _check_probe(loaded, probe_ids, expected)
     return loaded
 
