@@ -13,11 +13,12 @@
 
 #include "attention_plan.h"
 
+// Loops over registers are unrolled early: else the compiler keeps the sums in memory as well.
+#define FOLO_UNROLL _Pragma("GCC unroll 8")
+
 namespace folo {
 
 constexpr int SCORE_STRIDE = UnitScratch::SCORE_STRIDE;
-constexpr std::integral_constant<int, 0> LOWER;
-constexpr std::integral_constant<int, 1> UPPER;
 
 // Whether attention of T activations on a cache of E multiplies pairs of bf16.
 template <typename T, typename E>
@@ -67,16 +68,22 @@ template <int ROWS, int VECTORS, typename Row, typename Vector>
 inline void add_outer(F32 (&sums)[ROWS][VECTORS], Row row, Vector vector) {
     if constexpr (ROWS < VECTORS) {
         F32 held[ROWS];
+        FOLO_UNROLL
         for (int r = 0; r < ROWS; ++r) held[r] = row(r);
+        FOLO_UNROLL
         for (int v = 0; v < VECTORS; ++v) {
             const F32 x = vector(v);
+            FOLO_UNROLL
             for (int r = 0; r < ROWS; ++r) sums[r][v] = fma(held[r], x, sums[r][v]);
         }
     } else {
         F32 held[VECTORS];
+        FOLO_UNROLL
         for (int v = 0; v < VECTORS; ++v) held[v] = vector(v);
+        FOLO_UNROLL
         for (int r = 0; r < ROWS; ++r) {
             const F32 x = row(r);
+            FOLO_UNROLL
             for (int v = 0; v < VECTORS; ++v) sums[r][v] = fma(x, held[v], sums[r][v]);
         }
     }
@@ -89,7 +96,9 @@ template <int ROWS, bool FETCH, typename Q, typename E>
     constexpr int VECTORS = ROWS <= 3 && TILE / LANES >= 4 ? 4 : 2;
     for (int key = 0; key < TILE; key += VECTORS * LANES) {
         F32 sums[ROWS][VECTORS];
+        FOLO_UNROLL
         for (int r = 0; r < ROWS; ++r) {
+            FOLO_UNROLL
             for (int v = 0; v < VECTORS; ++v) sums[r][v] = zero();
         }
         for (int d = 0; d < dim; d += 2) {
@@ -98,21 +107,23 @@ template <int ROWS, bool FETCH, typename Q, typename E>
 #if defined(FOLO_BF16)
                 I32 pairs[ROWS];
                 for (int r = 0; r < ROWS; ++r) pairs[r] = broadcast_pair(queries + r * dim + d);
+                FOLO_UNROLL
                 for (int v = 0; v < VECTORS; ++v) {
                     const I32 k = load_key_pairs(keys, d, key + v * LANES);
+                    FOLO_UNROLL
                     for (int r = 0; r < ROWS; ++r) sums[r][v] = dot_pairs(sums[r][v], k, pairs[r]);
                 }
 #endif
             } else {
-                const auto add_dimension = [&](auto odd) {
-                    add_outer(sums, [&](int r) { return set1(queries[r * dim + d + odd]); },
-                              [&](int v) { return load_key<odd>(keys, d, key + v * LANES); });
-                };
-                add_dimension(LOWER);
-                add_dimension(UPPER);
+                add_outer(sums, [&](int r) { return set1(queries[r * dim + d]); },
+                          [&](int v) { return load_key<0>(keys, d, key + v * LANES); });
+                add_outer(sums, [&](int r) { return set1(queries[r * dim + d + 1]); },
+                          [&](int v) { return load_key<1>(keys, d, key + v * LANES); });
             }
         }
+        FOLO_UNROLL
         for (int r = 0; r < ROWS; ++r) {
+            FOLO_UNROLL
             for (int v = 0; v < VECTORS; ++v) {
                 store(scores + r * SCORE_STRIDE + key + v * LANES, mul(sums[r][v], load(factors + key + v * LANES)));
             }
@@ -133,6 +144,8 @@ inline void soften(float* scores, int begin, int end, float cap) {
     }
 }
 
+inline void store_as_factors(float* p, F32 x) { store(p, x); }
+
 // Weights stand where the scores stood, as Q; unseen keys have none, and nothing of them is used.
 template <typename Q, bool SCALED>
 inline void weigh(float* scores, int begin, int end, const float* value_scales, float* maximum, float* sum) {
@@ -150,7 +163,7 @@ inline void weigh(float* scores, int begin, int end, const float* value_scales, 
         F32 weight = seen(exp2(sub(load(scores + key), top)), key, zero());
         total = add(total, weight);
         if (SCALED) weight = seen(mul(weight, load(value_scales + key)), key, zero());
-        store_from_float(reinterpret_cast<Q*>(scores) + key, weight);
+        store_as_factors(reinterpret_cast<Q*>(scores) + key, weight);
     }
     *sum = sum_of(total);
 }
@@ -163,7 +176,9 @@ template <typename Q> constexpr int WEIGHT_STRIDE = SCORE_STRIDE * sizeof(float)
 template <int ROWS, int VECTORS, bool FETCH, typename Q, typename E>
 inline void add_columns(const Q* weights, const E* values, const E* next, int begin, int end, int dim, int column, float* acc) {
     F32 sums[ROWS][VECTORS];
+    FOLO_UNROLL
     for (int r = 0; r < ROWS; ++r) {
+        FOLO_UNROLL
         for (int v = 0; v < VECTORS; ++v) sums[r][v] = load(acc + r * dim + column + v * LANES);
     }
     for (int key = begin; key < end; key += 2) {
@@ -172,21 +187,23 @@ inline void add_columns(const Q* weights, const E* values, const E* next, int be
 #if defined(FOLO_BF16)
             I32 pairs[ROWS];
             for (int r = 0; r < ROWS; ++r) pairs[r] = broadcast_pair(weights + r * WEIGHT_STRIDE<Q> + key);
+            FOLO_UNROLL
             for (int v = 0; v < VECTORS; ++v) {
                 const I32 value = load_value_pairs(values, key, column + v * LANES, dim);
+                FOLO_UNROLL
                 for (int r = 0; r < ROWS; ++r) sums[r][v] = dot_pairs(sums[r][v], value, pairs[r]);
             }
 #endif
         } else {
-            const auto add_key = [&](auto odd) {
-                add_outer(sums, [&](int r) { return set1(weights[r * WEIGHT_STRIDE<Q> + key + odd]); },
-                          [&](int v) { return load_value<odd>(values, key, column + v * LANES, dim); });
-            };
-            add_key(LOWER);
-            add_key(UPPER);
+            add_outer(sums, [&](int r) { return set1(weights[r * WEIGHT_STRIDE<Q> + key]); },
+                      [&](int v) { return load_value<0>(values, key, column + v * LANES, dim); });
+            add_outer(sums, [&](int r) { return set1(weights[r * WEIGHT_STRIDE<Q> + key + 1]); },
+                      [&](int v) { return load_value<1>(values, key, column + v * LANES, dim); });
         }
     }
+    FOLO_UNROLL
     for (int r = 0; r < ROWS; ++r) {
+        FOLO_UNROLL
         for (int v = 0; v < VECTORS; ++v) store(acc + r * dim + column + v * LANES, sums[r][v]);
     }
 }

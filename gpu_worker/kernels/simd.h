@@ -202,6 +202,9 @@ inline I32 broadcast_pair(const bf16* p) { int32_t pair; std::memcpy(&pair, p, 4
 
 // sum + a · b in each lane, of two bfloat16 products: what stands in the upper halves, then the lower.
 inline F32 dot_pairs(F32 sum, I32 a, I32 b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+// Rounded to nearest, by the instruction that takes what is denormal for zero.
+inline void store_as_factors(bf16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x)); }
 #endif
 
 // e^x to about 1 ulp (Cephes' polynomial) for x in [−87.3, 88], the ends beyond; NaN for NaN.

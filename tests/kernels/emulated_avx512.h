@@ -99,6 +99,21 @@ static inline simde__m512 emulated_dpbf16_ps(simde__m512 sum, simde__m512i a, si
     return simde_mm512_loadu_ps(sums);
 }
 
+static inline simde__m256i emulated_cvtneps_pbh(simde__m512 x) {
+    uint32_t in[16];
+    uint16_t out[16];
+    simde_mm512_storeu_ps(in, x);
+    for (int i = 0; i < 16; ++i) {
+        const uint32_t magnitude = in[i] & 0x7fffffff;
+        if (magnitude > 0x7f800000) out[i] = in[i] >> 16 | 0x40;
+        else if (magnitude < 0x00800000) out[i] = in[i] >> 16 & 0x8000;
+        else out[i] = (in[i] + 0x7fff + (in[i] >> 16 & 1)) >> 16;
+    }
+    return simde_mm256_loadu_si256(reinterpret_cast<const simde__m256i*>(out));
+}
+
+#undef _mm512_cvtneps_pbh
+#define _mm512_cvtneps_pbh(x) emulated_cvtneps_pbh(x)
 #undef _mm512_dpbf16_ps
 #undef __m512bh
 #define __m512bh simde__m512i
