@@ -229,14 +229,16 @@ template <int ODD, typename Q, typename E>
 
 template <int ROWS, bool FETCH, typename Q, typename E>
 [[gnu::noinline]] void add_weighted(const Q* weights, const E* values, const E* next, int begin, int end, int dim, float* acc) {
-    constexpr int VECTORS = LANES == 16 || ROWS <= 3 ? 4 : 2;
+    constexpr int VECTORS = LANES == 16 || ROWS <= 3 ? 4 : 2, REST = LANES == 16 ? 1 : 2;     // dim is a multiple of 16
     if (begin % 2) add_single<1>(weights, ROWS, values, begin++ - 1, dim, acc);
     const int whole = end - end % 2;
     int column = begin < whole ? 0 : dim;
     for (; column + VECTORS * LANES <= dim; column += VECTORS * LANES) {
         add_columns<ROWS, VECTORS, FETCH>(weights, values, next, begin, whole, dim, column, acc);
     }
-    for (; column < dim; column += LANES) add_columns<ROWS, 1, FETCH>(weights, values, next, begin, whole, dim, column, acc);
+    if constexpr (REST < VECTORS) {
+        for (; column < dim; column += REST * LANES) add_columns<ROWS, REST, FETCH>(weights, values, next, begin, whole, dim, column, acc);
+    }
     if (whole >= begin && whole < end) add_single<0>(weights, ROWS, values, whole, dim, acc);
 }
 
