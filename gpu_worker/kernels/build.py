@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,15 +91,20 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
-    """All sources side by side, then one link."""
-    sources = sorted(SOURCES.glob("*.cpp"))
+    """What all sources include (the intrinsics: a second each), then the sources side by side, the largest first, then one link."""
+    common = folder / "common.h"
+    common.write_text(f'#include "{SOURCES / "simd.h"}"\n', encoding="utf-8")
+    _run([compiler, *flags, "-x", "c++-header", str(common), "-o", f"{common}.gch"])     # where it fails, the header itself is read
+    sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
     objects = [folder / f"{path.stem}.o" for path in sources]
-    running = [subprocess.Popen([compiler, *flags, "-c", str(source), "-o", str(target)], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE) for source, target in zip(sources, objects, strict=True)]
-    for source, process in zip(sources, running, strict=True):
-        errors = process.communicate(timeout=TIMEOUT_S)[1]
-        if process.returncode:
-            raise KernelsUnavailable(f"{source.name} does not compile with {compiler}: {_first_error(errors)}")
+
+    def compiled(source: Path, target: Path) -> subprocess.CompletedProcess[bytes]:
+        return _run([compiler, "-include", str(common), *flags, "-c", str(source), "-o", str(target)])
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for source, done in zip(sources, pool.map(compiled, sources, objects), strict=True):
+            if done.returncode:
+                raise KernelsUnavailable(f"{source.name} does not compile with {compiler}: {_first_error(done.stderr)}")
     library = folder / "kernels.so"
     linked = _run([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(library)])
     if linked.returncode:
@@ -107,7 +113,10 @@ def _compile(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False)
+    try:
+        return subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise KernelsUnavailable(f"{command[0]} was not done after {TIMEOUT_S:.0f} s") from None
 
 
 def _first_error(stderr: bytes) -> str:

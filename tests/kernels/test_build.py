@@ -1,0 +1,78 @@
+"""When the library is compiled, and what is said where it cannot be: a compiler of our own stands in."""
+
+import pytest
+
+from gpu_worker.kernels import build as builder
+from gpu_worker.kernels.build import LEVELS, KernelsUnavailable, best_level, build
+
+AVX2 = LEVELS[-1]
+WRITES_OUTPUT = 'while [ "$1" != -o ]; do shift; done; echo x > "$2"'
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Makes a shell script the compiler; returns what it has been called with so far."""
+    monkeypatch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path / "cache"))
+    log = tmp_path / "calls"
+
+    def use(script):
+        path = tmp_path / "compiler"
+        path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "$*" >> {log}\n{script}\n', encoding="utf-8")
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+        return lambda: log.read_text(encoding="utf-8").splitlines()
+
+    return use
+
+
+def test_compiled_once_and_found_again(compiler):
+    calls = compiler(WRITES_OUTPUT)
+    place = build(AVX2)
+    assert place.is_file() and place.name.startswith("avx2-") and place.suffix == ".so"
+    assert sorted(path.name for path in place.parent.iterdir()) == [place.name]      # nothing else is left
+    assert place.parent.stat().st_mode & 0o777 == 0o700
+    count = len(calls())
+    assert count == 2 + len(list(builder.SOURCES.glob("*.cpp"))) and all("-mavx2" in call for call in calls()[:-1])
+    assert build(AVX2) == place and len(calls()) == count
+    assert build(AVX2, ("-DOTHER",)) != place and build(LEVELS[0]) != place
+
+
+def test_error_is_given_with_the_file(compiler):
+    compiler(f'case "$*" in *attention.cpp*) echo "kv.h:7: error: no such thing" >&2; exit 1;; esac; {WRITES_OUTPUT}')
+    with pytest.raises(KernelsUnavailable, match=r"attention.cpp does not compile with .*: kv.h:7: error: no such thing"):
+        build(AVX2)
+
+
+def test_header_that_cannot_be_precompiled_is_read(compiler):
+    compiler(f'case "$*" in *c++-header*) exit 1;; esac; {WRITES_OUTPUT}')
+    assert build(AVX2).is_file()
+
+
+def test_compiler_that_does_not_end_is_not_waited_for(compiler, monkeypatch):
+    monkeypatch.setattr(builder, "TIMEOUT_S", 0.2)
+    compiler("exec sleep 60")
+    with pytest.raises(KernelsUnavailable, match="was not done after 0 s"):
+        build(AVX2)
+
+
+def test_no_compiler_is_said(compiler, monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(KernelsUnavailable, match=r"no C\+\+ compiler was found"):
+        build(AVX2)
+
+
+def test_cache_that_cannot_be_written_is_said(compiler, tmp_path):
+    compiler(WRITES_OUTPUT)
+    (tmp_path / "cache").write_text("a file where a directory should be")
+    with pytest.raises(KernelsUnavailable, match="cache/kernels"):
+        build(AVX2)
+
+
+def test_level_is_the_best_that_the_cpu_has_in_full():
+    for level in LEVELS:
+        assert best_level(level.needs | {"sse2"}) is level
+    assert best_level(LEVELS[1].needs - {"avx512dq"}) is AVX2
+    with pytest.raises(KernelsUnavailable, match="this CPU lacks avx2, f16c"):
+        best_level(frozenset(("fma", "sse2")))
