@@ -9,19 +9,24 @@ import pytest
 import torch
 import transformers
 
+from gpu_worker.attention.cpu import CpuAttention
+from gpu_worker.attention.reference import ReferenceAttention
+from gpu_worker.models.cpu_kernels import CpuKernels
 from gpu_worker.models.registry import ModelError, load_model
 from gpu_worker.models.spec import LoadedModel
 from tiny_models import write_random_model
+from whole_prompt import logits_of
 
 SIZES = {"vocab_size": 331, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1,
          "pad_token_id": None}
 
 
-def load(path: Path, family: str, dtype: str = "float32", **changes: Any) -> LoadedModel:
+def load(path: Path, family: str, dtype: str = "float32", kv_cache_dtype: str = "auto", **changes: Any) -> LoadedModel:
     """A random model of the family, whose load compares it with its own forward."""
     config = getattr(transformers, f"{family}Config")(**SIZES | changes)
-    return load_model(write_random_model(path, config), dtype=dtype, device=torch.device("cpu"), num_threads=1)
+    return load_model(write_random_model(path, config), dtype=dtype, kv_cache_dtype=kv_cache_dtype,
+                      device=torch.device("cpu"), num_threads=1)
 
 
 @pytest.mark.parametrize(("family", "changes"), [
@@ -57,3 +62,18 @@ def test_refused_by_name(tmp_path: Path, family: str, changes: dict[str, Any], m
 @pytest.mark.parametrize("family", ["GPTNeoX", "Gemma2"])
 def test_half_precision(tmp_path: Path, family: str, dtype: str) -> None:
     assert load(tmp_path, family, dtype, head_dim=16).spec.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "bfloat16", "int8"])
+def test_attention_by_the_kernels_where_they_know_the_heads(tmp_path: Path, kv_cache_dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    """And with the outputs of the plain torch attention."""
+    if CpuKernels.open(torch.device("cpu"), 1) is None:
+        pytest.skip("no compiler, or no AVX2")
+    model = load(tmp_path / "gemma", "Gemma2", head_dim=16, kv_cache_dtype=kv_cache_dtype)
+    assert isinstance(model.attention, CpuAttention) and not caplog.records
+    ids = [(29 * i) % 250 + 3 for i in range(70)]
+    found = logits_of(model, ids)
+    model.attention = ReferenceAttention()
+    assert (found - logits_of(model, ids)).abs().max() < 1e-3 * found.std()
+    assert isinstance(load(tmp_path / "small", "Gemma2", head_dim=8).attention, ReferenceAttention)
+    assert "attention runs without own CPU kernels, several times slower: heads of 8" in caplog.text
