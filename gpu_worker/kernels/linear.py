@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpu_worker.kernels import panels as packing
 from gpu_worker.kernels.elementwise import QuantizedRows
+from gpu_worker.kernels.huge_pages import HugePages
 from gpu_worker.kernels.library import Library
 
 MAX_INPUTS = 32768           # MAX_WIDTH of rows.h
@@ -124,6 +125,11 @@ class Weight:
         header = torch.tensor([self.kind, self.n, self.k, self.k_block], dtype=torch.int64)
         optional = {"scales": self.scales, "bias": self.bias}
         return {"header": header, "panels": self.panels, **{name: each for name, each in optional.items() if each is not None}}
+
+    def moved(self, pages: HugePages) -> Weight:
+        """A copy in ``pages``."""
+        panels, scales, bias = (None if each is None else pages.take(each) for each in (self.panels, self.scales, self.bias))
+        return replace(self, panels=panels, scales=scales, bias=bias)
 
     @cached_property
     def structure(self) -> LinearWeight:

@@ -11,6 +11,8 @@
 // A tile over the edge repeats its last row or panel and drops what that gives.
 #pragma once
 
+#include <algorithm>
+
 #include "dot.h"
 #include "linear.h"
 
@@ -79,18 +81,17 @@ void multiply_rows(const LinearWeight& w, const LinearInput& x, LinearOutput y, 
 }
 
 // A unit of work is some rows × some panels: enough units for threads to end at the same time, each large
-// enough to be worth its ticket, and all rows of a panel in one as long as that goes: then each weight is
-// read from memory once.
+// enough to be worth its ticket. With few rows it is as many panels as that allows, so that memory is read
+// in long runs; with many it is 4, which stay in the caches while the rows go by, and all rows of a panel as
+// long as that goes: then each weight is read from memory once.
 struct Schedule {
-    int64_t panels, rows, row_units, units;
+    int64_t panels = 4, rows, row_units = 1, units;
 
     Schedule(int64_t all_panels, int64_t all_rows, int threads) {
-        const int64_t wanted = 12 * threads, group = all_rows <= 2 * FEW_ROWS ? 2 : 4;
-        panels = all_panels / wanted / group * group;
-        panels = panels < group ? group : panels > 16 ? 16 : panels;
+        const int64_t wanted = 12 * threads;
+        if (all_rows <= 2 * FEW_ROWS) panels = std::clamp<int64_t>(all_panels / wanted / 2 * 2, all_panels < 8 * threads ? 1 : 2, 16);
         const int64_t panel_units = (all_panels + panels - 1) / panels;
-        row_units = 1;
-        while (panel_units * row_units < wanted && all_rows >= 32 * (row_units + 1)) ++row_units;
+        while (panel_units * row_units < wanted && all_rows >= 2 * MANY_ROWS * (row_units + 1)) ++row_units;
         rows = (all_rows + row_units - 1) / row_units;
         rows = (rows + MANY_ROWS - 1) / MANY_ROWS * MANY_ROWS;
         row_units = (all_rows + rows - 1) / rows;

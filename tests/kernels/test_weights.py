@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from gpu_worker.kernels.huge_pages import HugePages
 from gpu_worker.kernels.linear import MAX_INPUTS, Weight, WeightKind
 from gpu_worker.kernels.linear_reference import unpacked
 
@@ -85,3 +86,24 @@ def test_panels_are_whole_cache_lines():
 def test_shapes_that_no_kernel_has_are_refused(k, k_block, message):
     with pytest.raises(ValueError, match=message):
         Weight.from_float(WeightKind.BF16, torch.zeros(16, k), None, k_block)
+
+
+@EACH_KIND
+def test_moved_to_huge_pages(kind):
+    weights = [Weight.from_float(kind, values(n), torch.randn(n)) for n in (37, 16)]
+    tensors = [tensor for weight in weights for tensor in weight.tensors().values()]
+    pages = HugePages.for_tensors(tensors)
+    for weight in weights:
+        moved = weight.moved(pages)
+        for name, tensor in weight.tensors().items():
+            copy = moved.tensors()[name]
+            assert torch.equal(copy, tensor) and copy.data_ptr() != tensor.data_ptr()
+            assert name == "header" or copy.data_ptr() % 64 == 0
+        assert moved.structure.panels == moved.panels.data_ptr()
+
+
+def test_no_more_than_was_asked_for():
+    pages = HugePages(64)
+    pages.take(torch.zeros(9))
+    with pytest.raises(AssertionError, match="no room"):
+        pages.take(torch.zeros(1))
