@@ -54,17 +54,17 @@ def has_own_bits(library, form):
 
 
 def assert_same_bits_alone(library, product, rows, counts):
-    """Each run of rows alone and among all, by 1 and 2 threads."""
+    """Each run of rows alone and among all, by 1 and 2 threads; emulated, at one place each."""
     whole = Linear(library, product, 2, torch.float32)(rows)
-    for count in counts:
-        for start, threads in ((0, 1), (len(whole) - count, 2), (len(whole) // 3, 1 + count % 2)):
+    for i, count in enumerate(counts):
+        places = [(0, 1), (len(whole) - count, 2), ((len(whole) - count) // 2, 1 + i % 2)]
+        for start, threads in places[i % 3:i % 3 + 1] if "emulated" in library.level else places:
             alone = Linear(library, product, threads, torch.float32)(part(rows, start, count))
             assert torch.equal(alone, whole[start:start + count]), f"{count} rows from {start} on, {threads} threads"
 
 
 @EACH_FORM
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", ODD_SHAPES, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize(("shape", "dtype"), [*((shape, torch.float32) for shape in ODD_SHAPES), (ODD_SHAPES[1], torch.bfloat16)])
 def test_bits_of_the_reference(library, form, shape, dtype):
     if has_own_bits(library, form):
         pytest.skip("the instruction's own")
@@ -93,7 +93,7 @@ def test_a_row_has_its_bits_among_any_others(library, form, shape):
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids="{0[0]}x{0[1]}".format)
 def test_so_in_odd_shapes(library, form, shape):
     rows = given(library, form, spread(128, shape[1]))
-    assert_same_bits_alone(library, weight(form[0], *shape), rows, range(1, 24))
+    assert_same_bits_alone(library, weight(form[0], *shape), rows, (*range(1, 14), 23))
 
 
 @EACH_FORM
