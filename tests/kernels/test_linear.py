@@ -64,7 +64,7 @@ def assert_same_bits_alone(library, product, rows, counts):
 
 
 @EACH_FORM
-@pytest.mark.parametrize(("shape", "dtype"), [*((shape, torch.float32) for shape in ODD_SHAPES), (ODD_SHAPES[1], torch.bfloat16)])
+@pytest.mark.parametrize(("shape", "dtype"), [*((shape, torch.float32) for shape in ODD_SHAPES), (ODD_SHAPES[1], torch.bfloat16)], ids=str)
 def test_bits_of_the_reference(library, form, shape, dtype):
     if has_own_bits(library, form):
         pytest.skip("the instruction's own")
