@@ -33,8 +33,6 @@ void int8_per_group(Team& team, const LinearWeight& w, const LinearInput& x, Lin
 void int8_blocks(Team& team, const LinearWeight& w, const LinearInput& x, LinearOutput y);
 void int4_blocks(Team& team, const LinearWeight& w, const LinearInput& x, LinearOutput y);
 
-inline int64_t panels_in(const LinearWeight& w) { return (w.n + PANEL - 1) / PANEL; }
-
 // A tile's rows among the product's.
 template <int R>
 struct TileRows {
@@ -80,45 +78,84 @@ void multiply_rows(const LinearWeight& w, const LinearInput& x, LinearOutput y, 
     }
 }
 
-// A unit of work is some rows × some panels: enough units for threads to end at the same time, each large
-// enough to be worth its ticket. With few rows it is as many panels as that allows, so that memory is read
-// in long runs; with many it is 4, which stay in the caches while the rows go by, and all rows of a panel as
-// long as that goes: then each weight is read from memory once.
-struct Schedule {
-    int64_t panels = 4, rows, row_units = 1, units;
+// Units of work with few rows: runs of panels, the longest first, so that memory is read in long runs, few
+// tickets are drawn, and threads end at the same time all the same. A thread's tickets only rise, so it
+// counts on from its last.
+class PanelRuns {
+  public:
+    PanelRuns(int64_t all_panels, int threads) : all_(all_panels), shares_(2 * threads), least_(all_panels < 8 * threads ? 1 : 2) {}
 
-    Schedule(int64_t all_panels, int64_t all_rows, int threads) {
-        const int64_t wanted = 12 * threads;
-        if (all_rows <= 2 * FEW_ROWS) panels = std::clamp<int64_t>(all_panels / wanted / 2 * 2, all_panels < 8 * threads ? 1 : 2, 16);
-        const int64_t panel_units = (all_panels + panels - 1) / panels;
+    int64_t count() const {
+        PanelRuns runs = *this;
+        int64_t units = 0;
+        for (; runs.begin < all_; ++units) runs.step();
+        return units;
+    }
+
+    // [begin, end) becomes this unit's run.
+    void advance_to(int64_t unit) {
+        while (next_unit_ <= unit) step();
+    }
+
+    int64_t begin = 0, end = 0;
+
+  private:
+    void step() {
+        begin = end;
+        end = std::min(all_, begin + std::clamp<int64_t>((all_ - begin) / shares_ / 2 * 2, least_, 16));
+        ++next_unit_;
+    }
+
+    int64_t all_, shares_, least_, next_unit_ = 0;
+};
+
+// With many: 4 panels, which stay in the caches while the rows go by, and all rows as long as that gives enough
+// units: then each weight is read from memory once.
+struct Blocks {
+    static constexpr int64_t PANELS = 4;
+    int64_t rows, row_units = 1, count;
+
+    Blocks(int64_t all_panels, int64_t all_rows, int threads) {
+        const int64_t wanted = 12 * threads, panel_units = (all_panels + PANELS - 1) / PANELS;
         while (panel_units * row_units < wanted && all_rows >= 2 * MANY_ROWS * (row_units + 1)) ++row_units;
         rows = (all_rows + row_units - 1) / row_units;
         rows = (rows + MANY_ROWS - 1) / MANY_ROWS * MANY_ROWS;
         row_units = (all_rows + rows - 1) / rows;
-        units = panel_units * row_units;
+        count = panel_units * row_units;
     }
 };
 
+// [row, row_end) × [panel, panel_end), tile by tile.
+template <typename Kernel>
+void multiply_block(const LinearWeight& w, const LinearInput& x, LinearOutput y, int row, int row_end, int64_t panel,
+                    int64_t panel_end) {
+    while (row < row_end) {
+        const int left = row_end - row;
+        const bool few = x.rows <= 2 * FEW_ROWS || left <= FEW_ROWS || left == 7 || left == 8;
+        const int most = few ? FEW_ROWS : MANY_ROWS, count = left < most ? left : most;
+        if (left == 1) multiply_rows<Kernel, 1>(w, x, y, row, 1, panel, panel_end);
+        else if (few) multiply_rows<Kernel, FEW_ROWS>(w, x, y, row, count, panel, panel_end);
+        else multiply_rows<Kernel, MANY_ROWS>(w, x, y, row, count, panel, panel_end);
+        row += count;
+    }
+}
+
 template <typename Kernel>
 void multiply(Team& team, const LinearWeight& w, const LinearInput& x, LinearOutput y) {
-    if (x.rows == 0) return;
-    const int64_t all_panels = panels_in(w);
-    const Schedule schedule(all_panels, x.rows, team.size);
-    const bool many = x.rows > 2 * FEW_ROWS;
-    team.for_each(schedule.units, [&](int64_t unit) {
-        const int64_t panel = unit / schedule.row_units * schedule.panels;
-        const int64_t panel_end = panel + schedule.panels < all_panels ? panel + schedule.panels : all_panels;
-        int row = unit % schedule.row_units * schedule.rows;
-        const int row_end = row + schedule.rows < x.rows ? row + schedule.rows : x.rows;
-        while (row < row_end) {
-            const int left = row_end - row;
-            const bool few = !many || left <= FEW_ROWS || left == 7 || left == 8;
-            const int most = few ? FEW_ROWS : MANY_ROWS, count = left < most ? left : most;
-            if (left == 1) multiply_rows<Kernel, 1>(w, x, y, row, 1, panel, panel_end);
-            else if (few) multiply_rows<Kernel, FEW_ROWS>(w, x, y, row, count, panel, panel_end);
-            else multiply_rows<Kernel, MANY_ROWS>(w, x, y, row, count, panel, panel_end);
-            row += count;
-        }
+    const int64_t all_panels = (w.n + PANEL - 1) / PANEL;
+    if (x.rows <= 2 * FEW_ROWS) {
+        PanelRuns runs(all_panels, team.size);
+        team.for_each(x.rows ? runs.count() : 0, [&](int64_t unit) {
+            runs.advance_to(unit);
+            multiply_block<Kernel>(w, x, y, 0, x.rows, runs.begin, runs.end);
+        });
+        return;
+    }
+    const Blocks blocks(all_panels, x.rows, team.size);
+    team.for_each(blocks.count, [&](int64_t unit) {
+        const int64_t panel = unit / blocks.row_units * Blocks::PANELS, row = unit % blocks.row_units * blocks.rows;
+        const int64_t row_end = std::min<int64_t>(row + blocks.rows, x.rows), panel_end = std::min(panel + Blocks::PANELS, all_panels);
+        multiply_block<Kernel>(w, x, y, row, row_end, panel, panel_end);
     });
 }
 

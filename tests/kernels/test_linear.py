@@ -96,6 +96,14 @@ def test_so_in_odd_shapes(library, form, shape):
     assert_same_bits_alone(library, weight(form[0], *shape), rows, (*range(1, 14), 23))
 
 
+@pytest.mark.parametrize("shape", [(1, 32), (37, 96), (960, 32), (5000, 32)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("count", [1, 8, 9, 70])
+def test_more_threads_than_work_or_processors(library, shape, count):
+    product, rows = weight(WeightKind.FLOAT32, *shape), spread(count, shape[1])
+    expected, *found = [Linear(library, product, threads, torch.float32)(rows) for threads in (1, 3, 7)]
+    assert all(torch.equal(each, expected) for each in found)
+
+
 @EACH_FORM
 def test_so_in_the_head(library, form):
     few = "emulated" in library.level
