@@ -23,7 +23,7 @@ from gpu_worker.models.spec import ModelError
 from gpu_worker.models.weights import Checkpoint
 from gpu_worker.quantization.blocks import Block4Weight, Block8Weight
 from gpu_worker.quantization.rows import GROUP
-from gpu_worker.quantization.tensor_files import TOP, layer_name, linear_tensors, norm_tensors
+from gpu_worker.quantization.tensor_files import TOP, layer_name, linear_tensors, norm_tensors, top_tensors
 
 VERSION = 1                                                   # of what is made here
 GROUPS = dict.fromkeys((*PROJECTIONS, "head"), GROUP)         # all products' rows have a scale for each so many inputs
@@ -34,7 +34,7 @@ def tensors(checkpoint: Checkpoint, config: DecoderConfig, model_dir: Path) -> I
     """(file, its tensors): the ends of the model, then each layer."""
     blocks = _FileBlocks(model_dir / GGUF_NAME, config)
     top = read_top(checkpoint, config, torch.float32, CPU)
-    yield TOP, {"embedding": top.embedding, "norm": top.norm} | linear_tensors("head", _head(blocks, top.head))
+    yield TOP, top_tensors(top) | linear_tensors("head", _head(blocks, top.head))
     for index in range(config.num_layers):
         layer = read_layer(checkpoint, config, index, torch.float32, CPU)
         found = norm_tensors(layer)

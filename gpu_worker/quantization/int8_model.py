@@ -19,7 +19,7 @@ from gpu_worker.models.weights import Checkpoint
 from gpu_worker.quantization.channels import ChannelWeight
 from gpu_worker.quantization.rotation import RotatedModel
 from gpu_worker.quantization.rows import GROUP
-from gpu_worker.quantization.tensor_files import layer_name, linear_tensors, norm_tensors, TOP
+from gpu_worker.quantization.tensor_files import TOP, layer_name, linear_tensors, norm_tensors, top_tensors
 
 VERSION = 1                                          # of what is made here
 GROUPS = {"down": GROUP}                             # products whose rows have a scale for each so many inputs
@@ -30,7 +30,7 @@ def tensors(checkpoint: Checkpoint, config: DecoderConfig, _model_dir: Path) -> 
     """(file, its tensors): the ends of the model, then each layer."""
     rotated = RotatedModel(config.hidden_size)
     top = rotated.top(read_top(checkpoint, config, torch.float32, CPU))
-    yield TOP, {"embedding": top.embedding, "norm": top.norm} | linear_tensors("head", ChannelWeight.from_float(top.head))
+    yield TOP, top_tensors(top) | linear_tensors("head", ChannelWeight.from_float(top.head))
     for index in range(config.num_layers):
         layer = rotated.layer(read_layer(checkpoint, config, index, torch.float32, CPU))
         found = norm_tensors(layer)

@@ -1,7 +1,9 @@
 """How quantized tensors are called and stored: one safetensors file for the ends of a model and for each layer.
 
 Written by ``modes.py`` from what ``int8_model.py`` and ``int4_model.py`` make, read by ``parts.py``.
-A product ``name`` has ``name.bias`` and the fields of its weight:
+The ends have ``embedding`` bfloat16 [vocab, hidden] (a rounding far below that of int8 rows), ``norm``
+and the product ``head``; a layer has its norms and the products of ``PROJECTIONS``.  Norms and biases
+are float32.  A product ``name`` has ``name.bias``, perhaps, and the fields of its weight:
 
 - ``values`` int8 [out, in], ``scales`` float32 [out]                                 ``ChannelWeight``
 - ``values`` int8 [out, in], ``scales`` float16 [out, in // 32]                       ``Block8Weight``
@@ -19,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpu_worker.models.decoder_parts import LayerTensors
+from gpu_worker.models.decoder_parts import LayerTensors, TopTensors
 from gpu_worker.quantization.blocks import Block4Weight, Block8Weight
 from gpu_worker.quantization.channels import ChannelWeight
 from gpu_worker.quantization.products import Weight
@@ -30,6 +32,11 @@ NORMS = ("input_norm", "query_norm", "key_norm", "mlp_norm")
 
 def layer_name(index: int) -> str:
     return f"layer.{index}"
+
+
+def top_tensors(top: TopTensors) -> dict[str, Tensor]:
+    """The ends of the model, but for the head."""
+    return {"embedding": top.embedding.bfloat16(), "norm": top.norm}
 
 
 def norm_tensors(layer: LayerTensors) -> dict[str, Tensor]:
