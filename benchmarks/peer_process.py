@@ -57,7 +57,10 @@ PEERS = {peer.name: peer for peer in (
     Peer("openvino_lookup", "OpenVINO GenAI, prompt lookup", "openvino_peer.py", "openvino", options={"prompt_lookup": True}),
     Peer("vllm", "vLLM CPU, bf16", "vllm_peer.py", "vllm"),
     Peer("vllm_auto", "vLLM CPU, bf16, its own binding", "vllm_peer.py", "vllm", options={"own_binding": True}),
+    Peer("vllm_float32", "vLLM CPU, float32", "vllm_peer.py", "vllm", options={"dtype": "float32"}),
     Peer("transformers", "transformers, one by one", "transformers_peer.py", None, one_at_a_time=True),
+    Peer("transformers_float32", "transformers float32, one by one", "transformers_peer.py", None, one_at_a_time=True,
+         options={"dtype": "float32"}),
     Peer("llama_cpp", "llama.cpp", "llama_cpp_peer.py", "llama_cpp"),
 )}
 DEFAULT_PEERS = ["openvino", "vllm", "transformers", "llama_cpp"]

