@@ -17,7 +17,6 @@ BOUNDED_START_TOKENS = 64    # ... and where a first step of that many could bre
 MOST_TOKENS = 8192
 LEAST_CHUNK = 32             # tokens of prompts in a step, however long it takes, ...
 BOUNDED_LEAST_CHUNK = 8      # ... and where the user gave a bound
-PLAN_US = 20_000             # of several decode steps in one plan
 DECODE_SHARE = 0.75          # of the user's bound that decodes may take; the rest is for prompts
 
 
@@ -31,6 +30,7 @@ class TokenBudget:
         if self._given is None and self._bound_us is None and on_cuda:
             self._given = CUDA_BUDGET
         self._most_steps = config.max_decode_steps
+        self._plan_us = min(1000 * config.max_plan_ms, self._bound_us or float("inf"))
         self._most = MOST_TOKENS if self._given is None else self._given
 
     def num_tokens(self, num_running: int) -> int:
@@ -56,8 +56,7 @@ class TokenBudget:
         if self._most_steps == 1 or not num_running:
             return 1
         step_us = self._clock.decodes.at(num_running)
-        most_us = PLAN_US if self._bound_us is None else min(PLAN_US, self._bound_us)
-        return 1 if step_us is None else max(1, min(self._most_steps, int(most_us / step_us)))
+        return 1 if step_us is None else max(1, min(self._most_steps, int(self._plan_us / step_us)))
 
     def _decodes_us(self, num_running: int) -> float:
         return self._clock.decodes.at(num_running) or 0.0

@@ -43,7 +43,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_num_seqs: Annotated[int, _doc("most requests running at once", ge=1, le=4096)] = 64
     max_num_batched_tokens: Annotated[int, _doc("token budget of a step; default: about 100 ms of work on a CPU, 2048 on CUDA", ge=1, le=2**20)] | None = None
     max_step_ms: Annotated[float, _doc("milliseconds that a step may take, and so a running request waits for its next token; fewer tokens and requests share a step", ge=1.0, le=60_000.0)] | None = None
-    max_decode_steps: Annotated[int, _doc("most decode steps in one plan when nobody waits; together at most 20 ms, so streams get up to that many tokens at once", ge=1, le=64)] = 4
+    max_decode_steps: Annotated[int, _doc("most decode steps in one plan when nobody waits; streams get up to that many tokens at once", ge=1, le=64)] = 4
+    max_plan_ms: Annotated[float, _doc("milliseconds that the decode steps of one plan may take together; a request that arrives waits for them", ge=0.0, le=60_000.0)] = 20.0
     scheduling_policy: Annotated[Literal["fcfs", "priority"], _doc("order of requests: arrival, or (priority, arrival) with the lower priority first")] = "fcfs"
     enable_prefix_caching: Annotated[bool, _doc("share the KV blocks of equal prompt beginnings")] = True
     block_size: Annotated[Literal[32], _doc("tokens of a KV block")] = BLOCK_SIZE_TOKENS

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from folovllm import LLMEngine, RequestOutput, SamplingParams
+from frontend.status import open_pages
 from frontend.tokenizer import Tokenizer
 from protocol import config
 
@@ -113,6 +114,35 @@ def after_prefix_hit(engine: LLMEngine, work: Workload, num_blocks: int | None) 
     return record
 
 
+def core_counts(engine: LLMEngine) -> dict[str, int]:
+    """What the core has counted since its start."""
+    page = next(page for page in open_pages(engine.run_dir) if page.get_text("role") == "core")
+    return {name: page.get(name) for name in ("steps_done", "tokens", "accepted_tokens")}
+
+
+def counted(engine: LLMEngine, run: Callable[[], Record]) -> tuple[Record, dict[str, int]]:
+    """A record, and what the core counted meanwhile."""
+    before = core_counts(engine)
+    record = run()
+    return record, {name: count - before[name] for name, count in core_counts(engine).items()}
+
+
+def several_steps_a_plan(engine: LLMEngine, work: Workload) -> Record:
+    """Each alone, most of its tokens in plans of four."""
+    record, counts = counted(engine, lambda: alone(engine, work))
+    if counts["tokens"] < 2 * counts["steps_done"]:
+        raise AssertionError(f"{counts['tokens']} tokens in {counts['steps_done']} plans: these were not of several steps")
+    return record
+
+
+def guessed_at(engine: LLMEngine, work: Workload) -> Record:
+    """Among others, with drafts, some of which are right."""
+    record, counts = counted(engine, lambda: among_others(engine, work))
+    if not counts["accepted_tokens"]:
+        raise AssertionError("no draft was right")
+    return record
+
+
 def own_blocks(work: Workload) -> int:
     return sum(-(-len(prompt) // BLOCK) for prompt in work.prompts)
 
@@ -151,7 +181,7 @@ def uncached(**more: object) -> Callable[[Workload], dict]:
     return lambda _work: UNCACHED | more
 
 
-ALONE = Circumstance("alone", uncached(), alone)
+ALONE = Circumstance("alone", uncached(max_decode_steps=1), alone)
 CIRCUMSTANCES = [
     Circumstance("among 63 others", uncached(), among_others),
     Circumstance("budget 16", uncached(max_num_batched_tokens=16), together),
@@ -160,6 +190,8 @@ CIRCUMSTANCES = [
     Circumstance("prefix hit, many blocks", lambda _work: {}, lambda engine, work: after_prefix_hit(engine, work, None)),
     Circumstance("preempted", crowded, preempted),
     Circumstance("window 1", uncached(window=1), among_others),
+    Circumstance("4 steps a plan", uncached(max_plan_ms=60_000.0), several_steps_a_plan),
+    Circumstance("speculation", uncached(speculative="ngram", prompt_lookup_min=1), guessed_at),
 ]
 
 

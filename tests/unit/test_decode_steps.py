@@ -83,6 +83,11 @@ def test_twenty_milliseconds_at_most():
     assert steps == [4, 3, 2, 1, 1]
 
 
+def test_more_milliseconds_for_who_wants_them():
+    assert engine_of_short_steps(4, step_us=80_000, max_plan_ms=1_000.0).plan().num_steps == 4
+    assert engine_of_short_steps(4, step_us=1_000, max_plan_ms=0.0).plan().num_steps == 1
+
+
 def test_the_bound_on_steps_bounds_the_plan_too():
     assert engine_of_short_steps(4, step_us=2_000, max_step_ms=5.0).plan().num_steps == 2
 
