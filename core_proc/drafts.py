@@ -17,9 +17,13 @@ class DraftSource(ABC):
     """Owned by the scheduler."""
 
     @abstractmethod
-    def speculating(self, rows: np.ndarray) -> np.ndarray | bool:
-        """Which of the running ``rows`` are to be guessed at: a guess needs the newest token, so they do
-        not sample while an earlier sample of theirs is under way."""
+    def hold(self, rows: np.ndarray, held: np.ndarray) -> None:
+        """Set ``held`` (bool, of each of ``rows``) where a sample is under way and a guess needs it:
+        the row does not sample again before its result."""
+
+    @abstractmethod
+    def guesses_at(self, rows: np.ndarray) -> bool:
+        """Whether some of ``rows`` are to be guessed at, now or when their newest token is known."""
 
     @abstractmethod
     def add_to(self, step: ScheduledStep, limits: StepLimits) -> ScheduledStep:
@@ -29,7 +33,10 @@ class DraftSource(ABC):
 class NoDrafts(DraftSource):
     """Nobody guesses."""
 
-    def speculating(self, rows: np.ndarray) -> bool:
+    def hold(self, rows: np.ndarray, held: np.ndarray) -> None:
+        pass
+
+    def guesses_at(self, rows: np.ndarray) -> bool:
         return False
 
     def add_to(self, step: ScheduledStep, limits: StepLimits) -> ScheduledStep:

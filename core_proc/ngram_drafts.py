@@ -36,7 +36,13 @@ class NgramDrafts(DraftSource):
         self._num_guessed = np.zeros(num_rows, np.int32)       # ... how many drafts that was (0: it has been judged), ...
         self._guess = np.zeros((num_rows, most), np.int32)     # ... and which
 
-    def speculating(self, rows: np.ndarray) -> np.ndarray:
+    def hold(self, rows: np.ndarray, held: np.ndarray) -> None:
+        held |= self._are_guessed_at(rows) & (self._live.rows.in_flight[rows] > 0)
+
+    def guesses_at(self, rows: np.ndarray) -> bool:
+        return bool(self._are_guessed_at(rows).any())
+
+    def _are_guessed_at(self, rows: np.ndarray) -> np.ndarray:
         columns = self._live.rows
         return (self._serial[rows] != columns.serial[rows]) | (columns.num_tokens[rows] < self._until[rows])
 

@@ -43,24 +43,24 @@ class Scheduler(SchedulerInterface):
     def schedule(self, limits: StepLimits) -> ScheduledStep:
         rows, num_tokens, missing, preempted = self._plan_running(limits)
         grow = self.live.kv.grow(rows, missing)
-        chosen = num_tokens > 0
-        rows, num_tokens = rows[chosen], num_tokens[chosen]
+        if not num_tokens.all():
+            chosen = num_tokens > 0
+            rows, num_tokens = rows[chosen], num_tokens[chosen]
         starts, samples = self._advance(rows, num_tokens)
         admitted: list[Request] = []
         if not preempted:    # what was taken from one must not go to the next
             admitted, *columns = self._admit(limits, int(num_tokens.sum()))
-            rows, num_tokens, starts, samples = (
-                np.concatenate(pair) for pair in zip((rows, num_tokens, starts, samples), columns, strict=True))
-        order = np.argsort(num_tokens > 1, kind="stable")
-        step = ScheduledStep(rows[order], starts[order], num_tokens[order], samples[order], grow, admitted, preempted)
+            if admitted:
+                rows, num_tokens, starts, samples = (
+                    np.concatenate(pair) for pair in zip((rows, num_tokens, starts, samples), columns, strict=True))
+        step = ScheduledStep(*_decodes_first(rows, starts, num_tokens, samples), grow, admitted, preempted)
         step = self.drafts.add_to(step, limits)
-        return step if np.any(self.drafts.speculating(step.rows)) else run_ahead(self.live, step, limits.num_steps)
+        return step if self.drafts.guesses_at(step.rows) else run_ahead(self.live, step, limits.num_steps)
 
     def some_need_their_samples(self) -> bool:
-        return bool(np.any(self._needing_samples(self.live.order)))
-
-    def _needing_samples(self, rows: np.ndarray) -> np.ndarray:
-        return self.drafts.speculating(rows) & (self.live.rows.in_flight[rows] > 0)
+        held = np.zeros(len(self.live.order), bool)
+        self.drafts.hold(self.live.order, held)
+        return bool(held.any())
 
     def _plan_running(self, limits: StepLimits) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Request]]:
         """(rows, tokens and further blocks of each, requests preempted to make room for these)."""
@@ -68,9 +68,12 @@ class Scheduler(SchedulerInterface):
         rows = live.order
         if limits.only is not None:
             rows = np.array([r.req_idx for r in live.running if r in limits.only], np.int32)
-        left = columns.num_tokens[rows] + columns.in_flight[rows] - columns.num_computed[rows]
-        room = columns.max_total[rows] - columns.num_tokens[rows] - columns.in_flight[rows]
-        left[(left == 1) & ((room < 1) | self._needing_samples(rows))] = 0     # its last sample is under way, or one it must know
+        expected = columns.num_tokens[rows] + columns.in_flight[rows]
+        left = expected - columns.num_computed[rows]
+        room = columns.max_total[rows] - expected
+        held = room < 1                        # its last sample is under way ...
+        self.drafts.hold(rows, held)           # ... or one that has to be known first
+        left[held & (left == 1)] = 0
         num_tokens = share_budget(left, limits.num_tokens)
         missing = self._missing_blocks(rows, num_tokens)
         preempted: list[Request] = []
@@ -132,6 +135,14 @@ class Scheduler(SchedulerInterface):
             budget -= count
         table = np.array(entries, np.int32).reshape(-1, 4)
         return admitted, table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(bool)
+
+
+def _decodes_first(rows: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, ...]:
+    is_chunk = num_tokens > 1
+    if not (is_chunk[:-1] & ~is_chunk[1:]).any():
+        return rows, starts, num_tokens, samples
+    order = np.argsort(is_chunk, kind="stable")
+    return rows[order], starts[order], num_tokens[order], samples[order]
 
 
 def share_budget(left: np.ndarray, budget: int) -> np.ndarray:

@@ -55,10 +55,12 @@ class Step:
     @classmethod
     def of(cls, step_id: int, scheduled: ScheduledStep, serials: np.ndarray) -> Step:
         """What to remember of a step that was decided."""
-        num_steps, num_drafts = scheduled.num_steps, scheduled.num_drafts
-        samples = scheduled.samples * np.int32(num_steps)
-        return cls(step_id, scheduled.rows, serials, scheduled.starts, scheduled.num_tokens * num_steps,
-                   samples if num_drafts is None else samples + num_drafts, num_steps, num_drafts)
+        num_tokens, samples, num_steps = scheduled.num_tokens, scheduled.samples.astype(np.int32), scheduled.num_steps
+        if num_steps > 1:
+            num_tokens, samples = num_tokens * num_steps, samples * num_steps
+        if scheduled.num_drafts is not None:
+            samples += scheduled.num_drafts
+        return cls(step_id, scheduled.rows, serials, scheduled.starts, num_tokens, samples, num_steps, scheduled.num_drafts)
 
     def note_departure(self, request: Request) -> None:
         """``request`` is about to leave its row; its late tokens must still find it."""

@@ -113,8 +113,10 @@ class StepClock:
 
     def planned(self, step: Step, now_ns: int, is_oldest: bool) -> None:
         """``step`` goes out now; the worker begins it at once where nothing else is in flight."""
-        drafts = 0 if step.num_drafts is None else step.num_drafts
-        decodes = int(np.count_nonzero(step.num_tokens - drafts == step.num_steps)) + int(np.sum(drafts))
+        known, drafts = step.num_tokens, 0
+        if step.num_drafts is not None:
+            known, drafts = known - step.num_drafts, int(step.num_drafts.sum())
+        decodes = int(np.count_nonzero(known == step.num_steps)) + drafts
         step.shape = decodes, int(step.num_tokens.sum()) - decodes * step.num_steps
         one_us = self.predict_us(*step.shape)
         step.predicted_us = None if one_us is None else one_us * step.num_steps

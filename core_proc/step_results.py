@@ -38,7 +38,7 @@ class Outcome:
     prompt_parts: list[PromptPart] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepTokens:
     """The tokens of a result, checked against what the step may have sampled."""
 
@@ -99,38 +99,42 @@ def settle(live: LiveRequests, suspects: Suspects, step: Step, result: StepResul
 
 def _count_in(live: LiveRequests, suspects: Suspects, step: Step, here: np.ndarray, tokens: StepTokens) -> None:
     """The step is no longer under way; its tokens are confirmed, but for drafts that were rejected."""
-    columns, rows = live.rows, step.rows[here]
+    columns = live.rows
+    every = slice(None) if here.all() else here
+    rows, confirmed = step.rows[every], step.num_tokens[every]
     columns.steps[rows] -= 1
-    columns.in_flight[rows] -= step.samples[here]
-    columns.num_applied[rows] += step.num_tokens[here]
+    columns.in_flight[rows] -= step.samples[every]
     if step.num_drafts is not None:
-        rejected = np.where(step.num_drafts > 0, step.samples - tokens.num_out, 0)[here]
-        columns.num_applied[rows] -= rejected
+        rejected = np.where(step.num_drafts > 0, step.samples - tokens.num_out, 0)[every]
         columns.num_computed[rows] -= rejected
-    further = columns.num_applied[rows] > columns.highest[rows]
-    columns.highest[rows] = np.maximum(columns.highest[rows], columns.num_applied[rows])
+        confirmed = confirmed - rejected
+    applied = columns.num_applied[rows] = columns.num_applied[rows] + confirmed
+    highest = columns.highest[rows]
+    columns.highest[rows] = np.maximum(highest, applied)
     if suspects.any:
-        suspects.progressed(columns.request[row] for row in rows[further])
+        suspects.progressed(columns.request[row] for row in rows[applied > highest])
 
 
 def _append(live: LiveRequests, suspects: Suspects, step: Step, gained: np.ndarray,
             tokens: StepTokens) -> dict[Request, tuple[Finish, int]]:
     """Their tokens to the running rows, one after another until one ends the request; which it ended."""
     columns, ends = live.rows, {}
-    at = np.flatnonzero(gained)
-    count = np.zeros(len(gained), np.int32)
-    while at.size:
-        rows, new = step.rows[at], tokens.ids[tokens.first[at] + count[at]]
+    at, before = np.flatnonzero(gained), columns.num_tokens
+    if tokens.logprobs is not None:
+        before = before.copy()
+    for number in range(int(tokens.num_out.max(initial=0))):
+        if number:
+            at = at[(finish == Finish.NONE) & (tokens.num_out[at] > number)]
+        rows, new = step.rows[at], tokens.ids[tokens.first[at] + number]
         columns.tokens[rows, columns.num_tokens[rows]] = new
         columns.num_tokens[rows] += 1
-        count[at] += 1
         finish = check_rows(columns, rows, new)
         for i in np.flatnonzero(finish):
             ends[columns.request[rows[i]]] = (Finish(finish[i]), int(new[i]) if finish[i] == Finish.STOP else -1)
-        at = at[(finish == Finish.NONE) & (count[at] < tokens.num_out[at])]
     if tokens.logprobs is not None:
         for i in np.flatnonzero(gained):
-            _store_logprobs(columns.request[step.rows[i]], tokens, i, int(count[i]))
+            row = step.rows[i]
+            _store_logprobs(columns.request[row], tokens, i, int(columns.num_tokens[row] - before[row]))
     if suspects.any:
         suspects.progressed(columns.request[row] for row in step.rows[gained])
     return ends

@@ -112,7 +112,7 @@ class Observer:
     def _watched_schedule(self, schedule: Any) -> Any:
         def call(limits: StepLimits) -> ScheduledStep:
             core = self.core
-            rows = [row for row in core.live.order.tolist() if core.rows.in_flight[row] and np.any(core.scheduler.drafts.speculating(np.array([row])))]
+            rows = [row for row in core.live.order.tolist() if core.rows.in_flight[row] and core.scheduler.drafts.guesses_at(np.array([row]))]
             scheduled = schedule(limits)
             assert not (scheduled.preempted and scheduled.admitted), "a step that preempted admits nobody"
             sampling = set(scheduled.rows[scheduled.samples.astype(bool)].tolist()) - {r.req_idx for r in scheduled.admitted}

@@ -13,7 +13,6 @@ from core_proc.live_requests import LiveRequests
 from core_proc.ngram_drafts import NgramDrafts
 from core_proc.request import Request
 from core_proc.run_ahead import run_ahead
-from core_proc.scheduler import Scheduler
 from core_proc.step import ScheduledStep, Step, StepLimits
 from core_proc.step_results import StepTokens
 from core_proc.stop_conditions import check_rows
@@ -21,7 +20,7 @@ from protocol.messages import Finish
 
 
 def _sample_without_the_last_token() -> Any:
-    return patch.object(Scheduler, "_needing_samples", lambda self, rows: np.zeros(len(rows), bool))
+    return patch.object(NgramDrafts, "hold", lambda self, rows, held: None)
 
 
 def _keep_rejected_drafts() -> Any:
