@@ -57,11 +57,11 @@ def load_worker(config: EngineConfig) -> LoadedWorker:
     buckets = RowBuckets(enabled=model.pads_rows and os.environ.get(NO_ROW_PADDING) != "1")
     fingerprint = _fingerprint(model, device, num_threads, buckets)
     verdict = self_check(model, buckets, fingerprint, config.scheduler.max_num_seqs)
-    _log(verdict, model, device)
     checked = time.perf_counter()
     size = size_kv(model.spec, config.scheduler, config.model.max_model_len, available_bytes(device))
     kv = KVCache(model.spec, size.num_blocks, model.spec.kv_dtype, device)
     states = RequestStates(config.scheduler.max_num_seqs, size.max_model_len, model.spec.vocab_size, size.num_blocks, device)
+    _log(verdict, model, device)      # not before all is well: a refusal is one sentence
     logger.info("model %.2f s, self-check %.2f s, memory %.2f s; KV cache %d blocks, %.0f MB; row tables %.1f MB", loaded - started,
                 checked - loaded, time.perf_counter() - checked, size.num_blocks,
                 size.num_blocks * KVCache.block_bytes(model.spec, model.spec.kv_dtype) / 1e6, states.table_bytes() / 1e6)
@@ -73,7 +73,9 @@ def load_worker(config: EngineConfig) -> LoadedWorker:
 
 
 def _log(verdict: Verdict, model: LoadedModel, device: torch.device) -> None:
-    """A broken promise is a warning; one that nobody gave is a piece of information."""
+    """What is slower than it could be; a broken promise is a warning, one that nobody gave a piece of information."""
+    if model.slower_because is not None:
+        logger.warning("without own CPU kernels this model runs several times slower: %s", model.slower_because)
     promised = model.spec.backend == "decoder" and device.type == "cpu"
     for reason in verdict.reasons:
         logger.log(logging.WARNING if promised else logging.INFO, "outputs may depend on what else is in the batch: %s", reason)

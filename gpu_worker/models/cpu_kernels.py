@@ -1,12 +1,11 @@
 """Whether a model runs on the compiled kernels here, and what they are made into for it.
 
-Asked by ``registry.py``.  Where they cannot be had the reason is a warning, and plain torch
-computes the same model more slowly, in an arithmetic of its own.
+Asked by ``registry.py``.  Where they cannot be had there is a reason to be told, and plain
+torch computes the same model more slowly, in an arithmetic of its own.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 
@@ -23,7 +22,6 @@ from gpu_worker.models.decoder_config import DecoderConfig
 from gpu_worker.models.decoder_parts import projection_shapes
 from gpu_worker.models.kernel_parts import KernelProducts
 
-logger = logging.getLogger(__name__)
 DISABLED = "FOLOVLLM_DISABLE_KERNELS"
 
 
@@ -37,36 +35,29 @@ class CpuKernels:
     products: KernelProducts
 
     @classmethod
-    def open(cls, device: torch.device, num_threads: int) -> CpuKernels | None:
-        """None on other devices, where there are none, and where the environment switches them off."""
+    def open(cls, device: torch.device, num_threads: int) -> tuple[CpuKernels | None, str | None]:
+        """They, or why not; neither on other devices and where the environment switches them off."""
         if device.type != "cpu" or os.environ.get(DISABLED) == "1":
-            return None
+            return None, None
         try:
             library = Library.open()
         except KernelsUnavailable as error:
-            logger.warning("no own CPU kernels, everything is several times slower: %s", error)
-            return None
-        return cls(library, num_threads, CpuAttention(library, num_threads), KernelProducts(library, num_threads))
+            return None, str(error)
+        return cls(library, num_threads, CpuAttention(library, num_threads), KernelProducts(library, num_threads)), None
 
     @staticmethod
-    def run_decoder(config: DecoderConfig, dtype: torch.dtype) -> bool:
-        """Whether they know all that the lean decoder needs for a model."""
+    def decoder_lacks(config: DecoderConfig, dtype: torch.dtype) -> str | None:
+        """What the lean decoder needs for a model and they do not know; None: nothing."""
         widths = {shape[1] for shapes in projection_shapes(config).values() for shape in shapes}
         lacking = CpuAttention.lacks_heads(config.head_dim, dtype)
         if lacking is None and any(width % GROUP or width > MAX_INPUTS for width in widths):
             lacking = f"products of {sorted(widths)} inputs are not all multiples of {GROUP} up to {MAX_INPUTS}"
-        if lacking is not None:
-            logger.warning("this model runs without own CPU kernels, several times slower: %s", lacking)
-        return lacking is None
+        return lacking
 
 
-def attention_backend(kernels: CpuKernels | None, layers: tuple[AttentionLayer, ...], dtype: torch.dtype) -> AttentionBackend:
-    """The attention of a model whose other operators are torch's: the kernels' where there are any that know its heads."""
-    if kernels is None:
-        return ReferenceAttention()
-    for layer in layers:
-        lacking = CpuAttention.lacks_heads(layer.head_dim, dtype)
-        if lacking is not None:
-            logger.warning("this model's attention runs without own CPU kernels, several times slower: %s", lacking)
-            return ReferenceAttention()
-    return kernels.attention
+def attention_backend(kernels: CpuKernels | None, layers: tuple[AttentionLayer, ...], dtype: torch.dtype) -> tuple[AttentionBackend, str | None]:
+    """The attention of a model whose other operators are torch's: the kernels' where there are any that know its heads, else why not."""
+    lacking = [lacks for layer in layers if (lacks := CpuAttention.lacks_heads(layer.head_dim, dtype)) is not None]
+    if kernels is None or lacking:
+        return ReferenceAttention(), lacking[0] if kernels is not None else None
+    return kernels.attention, None

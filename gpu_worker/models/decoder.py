@@ -53,6 +53,7 @@ class Decoder:
     """The whole model: embedding, layers, final norm, head."""
 
     pads_rows = True
+    slower_because: str | None = None
 
     def __init__(self, config: DecoderConfig, parts: DecoderParts, *, device: torch.device, max_model_len: int,
                  eos_token_ids: tuple[int, ...], attention: AttentionBackend, kv_dtype: torch.dtype | None = None) -> None:

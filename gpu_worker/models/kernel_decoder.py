@@ -37,6 +37,7 @@ class KernelDecoder:
     """The whole model; the tensors that the kernels are given addresses of are kept here."""
 
     pads_rows = False
+    slower_because: str | None = None
 
     def __init__(self, config: DecoderConfig, parts: DecoderParts, kernels: CpuKernels, *, max_model_len: int,
                  eos_token_ids: tuple[int, ...], kv_dtype: torch.dtype | None = None) -> None:

@@ -51,24 +51,28 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
                              f" allowed: models of the families {', '.join(decoder_config.FAMILIES)}") from None
         logger.info("%s: run by the transformers backend: %s", model_dir, reason)
         from gpu_worker.models.transformers_backend import load_transformers_model   # slow to import, rarely needed
-        kernels = CpuKernels.open(device, torch.get_num_threads())
-        return load_transformers_model(model_dir, max_model_len=max_model_len, device=device, attention=partial(attention_backend, kernels),
-                                       dtype=resolve_dtype(dtype, _checkpoint_dtype(config), device), **settings)
+        kernels, lacking = CpuKernels.open(device, torch.get_num_threads())
+        model = load_transformers_model(model_dir, max_model_len=max_model_len, device=device, attention=partial(attention_backend, kernels),
+                                        dtype=resolve_dtype(dtype, _checkpoint_dtype(config), device), **settings)
+        model.slower_because = model.slower_because or lacking
+        return model
     settings["max_model_len"] = checked_max_model_len(max_model_len, lean.max_position)
-    kernels = CpuKernels.open(device, torch.get_num_threads())
+    kernels, lacking = CpuKernels.open(device, torch.get_num_threads())
     chosen = resolve_dtype(dtype, _checkpoint_dtype(config), device, has_kernels=kernels is not None)
-    if kernels is not None and not kernels.run_decoder(lean, chosen):
+    if kernels is not None and (lacking := kernels.decoder_lacks(lean, chosen)) is not None:
         kernels = None
     if quantization is not None:
         check_supported(quantization, lean, dtype, device)
         product = QuantizedLinear if kernels is None else kernels.products.quantized
-        return _decoder(lean, QuantizedParts(quantization, model_dir, lean, dtype, product), kernels, device, settings)
-    with weights.Checkpoint(model_dir) as checkpoint:
-        products = TorchProducts() if kernels is None else kernels.products
-        parts = PlainParts(checkpoint, lean, chosen, device, weights.fingerprint(model_dir), products)
-        model = _decoder(lean, parts, kernels, device, settings)
-        checkpoint.ignore("rotary_emb.inv_freq")
-        checkpoint.check_all_taken()
+        model = _decoder(lean, QuantizedParts(quantization, model_dir, lean, dtype, product), kernels, device, settings)
+    else:
+        with weights.Checkpoint(model_dir) as checkpoint:
+            products = TorchProducts() if kernels is None else kernels.products
+            parts = PlainParts(checkpoint, lean, chosen, device, weights.fingerprint(model_dir), products)
+            model = _decoder(lean, parts, kernels, device, settings)
+            checkpoint.ignore("rotary_emb.inv_freq")
+            checkpoint.check_all_taken()
+    model.slower_because = lacking
     return model
 
 

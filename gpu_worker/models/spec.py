@@ -80,6 +80,7 @@ class LoadedModel(Protocol):
     attention: AttentionBackend
     weights_fingerprint: str
     pads_rows: bool                       # its products want buckets of rows (``row_buckets.py``)
+    slower_because: str | None            # why own kernels do not run all of it, where they should
 
     def forward(self, token_ids: Tensor, positions: Tensor, attn: AttentionMetadata, kv: KVCache) -> Tensor:
         """int64 [num_padded_tokens] twice → hidden states [num_padded_tokens, hidden_size]."""

@@ -87,6 +87,7 @@ class TransformersModel:
     """A transformers model that runs on paged K/V."""
 
     pads_rows = True
+    slower_because: str | None = None
 
     def __init__(self, base: nn.Module, head: nn.Module, spec: ModelSpec, attention: AttentionBackend,
                  weights_fingerprint: str) -> None:
@@ -115,7 +116,7 @@ class TransformersModel:
 
 
 def load_transformers_model(model_dir: Path, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None,
-                            eos_token_ids: tuple[int, ...], attention: Callable[[tuple[AttentionLayer, ...], torch.dtype], AttentionBackend],
+                            eos_token_ids: tuple[int, ...], attention: Callable[[tuple[AttentionLayer, ...], torch.dtype], tuple[AttentionBackend, str | None]],
                             kv_dtype: torch.dtype | None = None) -> TransformersModel:
     """The model, proven by a probe; ModelError names what it lacks.  ``attention`` chooses the backend for its layers."""
     bridge.register()
@@ -136,7 +137,9 @@ def load_transformers_model(model_dir: Path, *, dtype: torch.dtype, device: torc
         name=config.model_type, backend="transformers", layers=layers, hidden_size=config.hidden_size,
         vocab_size=expected.shape[-1], max_model_len=limit, dtype=dtype, eos_token_ids=eos_token_ids,
         other_kv_dtype=kv_dtype, supports_bit_exact=device.type == "cpu" and dtype != torch.float16 and not experts)
-    loaded = TransformersModel(base, head, spec, attention(layers, dtype), fingerprint)
+    backend, lacking = attention(layers, dtype)
+    loaded = TransformersModel(base, head, spec, backend, fingerprint)
+    loaded.slower_because = lacking
     _check_probe(loaded, probe_ids, expected)
     return loaded
 

@@ -45,6 +45,15 @@ def test_fingerprint_names_the_numbers(tiny_llama_dir: Path) -> None:
     assert load(tiny_llama_dir, dtype="bfloat16").numerics_fingerprint != same
 
 
+def test_what_it_does_without_is_told_once_all_is_well(tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A refusal stays one sentence."""
+    with pytest.raises(ModelError):
+        load(tiny_llama_dir, max_model_len=100_000)
+    assert not caplog.records
+    load(tiny_llama_dir)
+    assert "several times slower: heads of 8" in caplog.text
+
+
 @pytest.mark.parametrize("value", ["</s>", [1, "2"], 1.5, True])
 def test_wrong_eos_is_named(tmp_path: Path, value: object) -> None:
     write_tiny_llama(tmp_path, eos_token_id=value)
