@@ -9,9 +9,6 @@ from protocol.messages import OutputKind
 from simulation.reference import VOCAB, Wish
 from simulation.world import BLOCK, World
 
-MAX_PROMPT = 26              # tokens
-MAX_OUTPUT = 14              # tokens
-
 
 class Arrivals:
     """Draws wishes; each has a key and a seed of its own."""
@@ -19,11 +16,11 @@ class Arrivals:
     def __init__(self, rng: random.Random, world: World) -> None:
         self.rng, self.world = rng, world
         self.number = 0
-        self._shared = [self._tokens(MAX_PROMPT) for _ in range(rng.choice([1, 2, 3]))]
+        self._shared = [self._tokens(world.most_prompt) for _ in range(rng.choice([1, 2, 3]))]
 
     def draw(self) -> list[Wish]:
         """One request: all its children."""
-        wish = self._wish(self._prompt(), MAX_OUTPUT)
+        wish = self._wish(self._prompt(), self.world.most_output)
         children = self.rng.randint(2, 4) if self.rng.random() < 0.12 else 1
         return [wish] + [self._resumed(replace(wish, child=child, seed=wish.seed + child, prompt_logprobs=None, forced=[]))
                          for child in range(1, children)]
@@ -48,7 +45,7 @@ class Arrivals:
             max_tokens += -(len(prompt) + max_tokens) % BLOCK
         if rng.random() < 0.97:      # else: perhaps too long, to be refused
             max_tokens = max(1, min(max_tokens, self.world.max_model_len - len(prompt)))
-        stops = rng.sample(range(VOCAB), rng.choice([0, 1, 2, 11]))
+        stops = rng.sample(range(VOCAB), min(rng.choice([0, 1, 2, 11]), self.world.most_stops))
         asks = rng.random() < self.world.share_logprobs
         return self._resumed(Wish(
             key=self.number.to_bytes(16, "big"), child=0, prompt=prompt, max_tokens=max_tokens, seed=rng.randrange(2**40) * 16,
@@ -67,7 +64,7 @@ class Arrivals:
 
     def _prompt(self) -> list[int]:
         rng = self.rng
-        length = rng.randint(1, min(MAX_PROMPT, self.world.max_model_len - 1))
+        length = rng.randint(1, min(self.world.most_prompt, self.world.max_model_len - 1))
         if rng.random() < 0.3:
             length = max(BLOCK, length // BLOCK * BLOCK)
         shared = rng.randint(0, length) if rng.random() < 0.7 else length

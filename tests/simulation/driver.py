@@ -93,9 +93,7 @@ class Simulation:
         if self._wants_more() and rng.random() < world.arrive:
             self.submit(self.arrivals.draw())
             moved = True
-        missed = self.observer.missed
-        tempting = missed is not None and missed.steps_in_flight and rng.random() < 0.5
-        if may_give_up and self.open and (rng.random() < world.abort or (world.abort and tempting)):
+        if may_give_up and self.open and (rng.random() < world.abort or (world.abort and self._is_tempting())):
             self._abort(*rng.choice(self.open))
             moved = True
         if may_give_up and rng.random() < world.leave:
@@ -103,9 +101,16 @@ class Simulation:
             moved = True
         return moved
 
+    def _is_tempting(self) -> bool:
+        """Room now could make the core re-admit a request that steps still hold."""
+        missed, self.observer.missed = self.observer.missed, None
+        return missed is not None and self.rng.random() < 0.7
+
     def _wants_more(self) -> bool:
-        world = self.world
-        return self.observer.num_requests < world.num_requests or (self.worker.num_run < world.num_steps and not self.open)
+        world, num_open = self.world, len(self.open)
+        if self.observer.num_requests < world.num_requests:
+            return num_open < world.most_open
+        return self.worker.num_run < world.num_steps and not num_open
 
     def _abort(self, frontend: FakeFrontend, stream: Stream) -> None:
         if stream.attach_no and self.rng.random() < 0.3:

@@ -32,7 +32,7 @@ class Observer:
         self.core, self.worker, self.reached = core, worker, reached
         self.seen: set[str] = set()
         self.num_requests = self.num_cached_tokens = 0
-        self.missed: Request | None = None       # preempted while steps hold it: room now would tempt to re-admit it
+        self.missed: Request | None = None       # preempted just now, while steps hold it
         self._just_published: set[int] = set()
         self._published_now: set[int] = set()
         self._boundary: set[bytes] = set()       # keys of continuations

@@ -26,6 +26,10 @@ class World:
     apply: float = 1.0
     carry: float = 1.0       # frames between frontends and core
     arrive: float = 1.0
+    most_open: int = NO_BOUND    # streams: nobody comes while so many are open
+    most_prompt: int = 26        # tokens
+    most_output: int = 14        # tokens
+    most_stops: int = 11         # ids of one request
     talk: float = 0.0        # of the ended streams: a next turn follows
     # What goes wrong.
     loss: float = 0.0        # of frames between frontends and core, both ways
@@ -51,19 +55,22 @@ def with_small_blocks(config: SchedulerConfig, window: int | None = None) -> Sch
 
 
 def draw_world(rng: random.Random) -> World:
-    num_blocks = rng.choice([6, 7, 8, 10, 14, 20])
+    few = rng.random() < 0.4      # requests at a time, so that nobody waits, and their growth fills the pool
+    num_blocks = rng.choice([6, 7, 8] if few else [6, 7, 8, 10, 14, 20])
     holds = num_blocks * BLOCK
     config = SchedulerConfig(
         max_num_seqs=rng.randint(2, 7), max_num_batched_tokens=rng.choice([2, 3, 5, 8, 8, 16, 16, 32, 32]),
         scheduling_policy=rng.choice(["fcfs", "priority"]), enable_prefix_caching=rng.random() < 0.8,
         watermark=rng.choice([0.0, 0.0, 0.1, 0.2]), max_num_queued_reqs=rng.choice([1000] * 7 + [5]),
-        max_decode_steps=rng.choice([1, 2, 4, 7]), speculative=rng.choice(["none", "ngram"]), num_speculative_tokens=rng.choice([1, 3, 6]))
+        max_decode_steps=rng.choice([1, 4, 4, 7]), speculative=rng.choice(["none", "ngram"]), num_speculative_tokens=rng.choice([1, 3, 6]))
     world = World(
-        with_small_blocks(config, rng.choice([1, 2, 2, 3])), num_blocks, max_model_len=rng.choice([rng.randint(16, min(holds, 56)), min(holds, 40), holds + 5]),
+        with_small_blocks(config, rng.choice([1, 2, 2, 3, 3])), num_blocks, max_model_len=rng.choice([rng.randint(16, min(holds, 56)), min(holds, 40), holds + 5]),
         schedule=rng.choice([0.4, 0.7, 1.0]), work=rng.choice([0.4, 0.8]), apply=rng.choice([0.4, 0.8]), carry=rng.choice([0.5, 1.0]),
         arrive=rng.choice([0.1, 0.25, 0.9]), share_logprobs=rng.choice([0.0, 0.0, 0.3]))
     world.talk = 0.5
-    world.token_us = rng.choice([0, 200, 1000, 6000])
+    if few:
+        world.most_open, world.most_prompt, world.most_output, world.most_stops = 3, 8, 24, 1
+    world.token_us = rng.choice([0, 0, 0, 200, 1000, 6000])
     world.loss = rng.choice([0.0, 0.0, 0.0, 0.02])
     world.abort = rng.choice([0.0, 0.02, 0.06])
     world.leave = rng.choice([0.0, 0.0, 0.0, 0.01])
