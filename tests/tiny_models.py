@@ -38,8 +38,9 @@ def write_tiny_llama(path: Path, seed: int = 0, **changes: object) -> Path:
 def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     hidden, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     query, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,),
-              "lm_head.weight": (config["vocab_size"], hidden)}
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         shapes |= {
@@ -73,7 +74,7 @@ def write_gpt_neox(path: Path, seed: int = 0) -> Path:
     """A random GPT-NeoX in bfloat16 with a tokenizer of bytes: run by the transformers backend."""
     from transformers import GPTNeoXConfig
 
-    config = GPTNeoXConfig(vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+    config = GPTNeoXConfig(vocab_size=288, hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
                            max_position_embeddings=2048, initializer_range=0.1, bos_token_id=0, eos_token_id=1)
     write_random_model(path, config, seed=seed, dtype=torch.bfloat16)
     write_byte_tokenizer(path)

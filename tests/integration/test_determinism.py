@@ -1,6 +1,8 @@
 """Each circumstance once against alone, compared as hex: the default model in bfloat16, a random
 one that the transformers backend runs, and a random one in the quantized modes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from determinism_matrix import ALONE, CIRCUMSTANCES, differences, make_workload, measure, ordinary_text
@@ -10,34 +12,42 @@ from private_cache import use_private_cache
 NAMES = [circumstance.name for circumstance in CIRCUMSTANCES]
 
 
-def all_records(model_dir, sizes, **settings):
-    ids = Tokenizer(model_dir).encode(ordinary_text())
-    work = make_workload(ids, max_tokens=16, **sizes)
+def all_records(model_dir, **settings):
+    work = make_workload(Tokenizer(model_dir).encode(ordinary_text()), count=8, longest=600, max_tokens=16)
     return {name: record for name, record, _ in measure(str(model_dir), [ALONE, *CIRCUMSTANCES], work, **settings)}
+
+
+def small_records(model_dir, **settings):
+    """On one thread each, the circumstances share the processors."""
+    work = make_workload(Tokenizer(model_dir).encode(ordinary_text()), count=5, longest=300, max_tokens=48)
+    every = [ALONE, *CIRCUMSTANCES]
+    with ThreadPoolExecutor(2) as pool:
+        halves = pool.map(lambda part: list(measure(str(model_dir), part, work, num_threads=1, **settings)), [every[::2], every[1::2]])
+        return {name: record for half in halves for name, record, _ in half}
 
 
 @pytest.fixture(scope="module")
 def records(default_model_dir):
-    return all_records(default_model_dir, {"count": 8, "longest": 600}, dtype="bfloat16")
+    return all_records(default_model_dir, dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
 def transformers_records(tmp_path_factory):
     from tiny_models import write_gpt_neox
 
-    return all_records(write_gpt_neox(tmp_path_factory.mktemp("neox")), {"count": 5, "longest": 300}, dtype="bfloat16")
+    return small_records(write_gpt_neox(tmp_path_factory.mktemp("neox")), dtype="bfloat16")
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def quantized_records(request, tmp_path_factory):
     from tiny_models import write_byte_tokenizer, write_tiny_llama
 
-    model_dir = write_tiny_llama(tmp_path_factory.mktemp("quantized"), vocab_size=512, hidden_size=96, intermediate_size=160,
-                                 num_attention_heads=8, max_position_embeddings=2048)
+    model_dir = write_tiny_llama(tmp_path_factory.mktemp("quantized"), vocab_size=288, hidden_size=96, intermediate_size=160,
+                                 num_attention_heads=8, head_dim=16, max_position_embeddings=2048, tie_word_embeddings=True)
     write_byte_tokenizer(model_dir)
     with pytest.MonkeyPatch.context() as patch:
         use_private_cache(patch, tmp_path_factory.mktemp("cache"))
-        return all_records(model_dir, {"count": 5, "longest": 300}, quantization=request.param)
+        return small_records(model_dir, quantization=request.param)
 
 
 def check(records, name):
