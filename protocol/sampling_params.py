@@ -1,9 +1,9 @@
 """Sampling parameters: what a user writes, what crosses the wire, and one validation.
 
-``SamplingParams`` has vLLM's names and meanings.  It splits into ``TokenParams``
-(everything that acts on token ids: frontend → core → worker) and ``TextParams``
-(what only the frontend needs).  A field left at None takes the model's
-``generation_config`` value, then vLLM's default: ``resolve``.
+``SamplingParams`` has vLLM's names and meanings and crosses to the frontend as
+``WireParams``; ``resolve`` makes ``TokenParams`` of it, which is everything that acts on
+token ids: frontend → core → worker.  A field left at None takes the model's
+``generation_config`` value, then vLLM's default.
 """
 
 from __future__ import annotations
@@ -306,7 +306,8 @@ def _check_strings(field: str, strings: Any) -> None:
     if strings is None:
         return
     if not isinstance(strings, (list, tuple)) or not all(isinstance(s, str) for s in strings):
-        raise BadRequest(field, f"was {strings!r}; allowed: strings")
+        allowed = "a string or a list of strings" if field == "stop" else "a list of strings"
+        raise BadRequest(field, f"was {strings!r}; allowed: {allowed}")
     if any(not s for s in strings):
         raise BadRequest(field, "contains an empty string; allowed: non-empty strings")
     for text in strings:

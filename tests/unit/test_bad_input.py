@@ -74,6 +74,15 @@ def test_a_bad_value_is_one_error_that_names_its_field(field: str, value: object
     assert caught.value.field == field and len(str(caught.value)) > len(field) + 10
 
 
+@pytest.mark.parametrize(("field", "value", "allowed"), [
+    ("stop", 3, "a string or a list of strings"), ("stop", [1], "a string or a list of strings"),
+    ("bad_words", "word", "a list of strings"), ("bad_words", [1], "a list of strings")])
+def test_what_is_allowed_tells_a_string_from_a_list(field: str, value: object, allowed: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.message == f"was {value!r}; allowed: {allowed}"
+
+
 @pytest.mark.parametrize(("field", "value"), table(GOOD))
 def test_a_good_value_passes_all_the_way(field: str, value: object) -> None:
     params = SamplingParams(**{field: value})
