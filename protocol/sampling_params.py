@@ -184,6 +184,7 @@ def resolve(
     if wire.min_tokens > max_tokens:
         raise BadRequest("min_tokens", f"was {wire.min_tokens}; the prompt of {prompt_len} tokens leaves room for"
                          f" {max_tokens} of max_model_len = {max_model_len}")
+    _check_something_is_allowed(wire, bad_words_ids, eos_token_ids)
     return TokenParams(
         max_tokens=max_tokens,
         min_tokens=wire.min_tokens, presence_penalty=wire.presence_penalty,
@@ -223,6 +224,18 @@ def check_token_ids(field: str, ids: Any, vocab_size: int) -> None:
     bad = ids[(ids < 0) | (ids >= vocab_size)]
     if bad.size:
         raise BadRequest(field, f"token id {bad[0]} is not in [0, {vocab_size})")
+
+
+def _check_something_is_allowed(wire: WireParams, bad_words_ids: list[list[int]], eos_token_ids: list[int]) -> None:
+    """BadRequest where ``allowed_token_ids`` leaves no first token."""
+    if wire.allowed_token_ids is None:
+        return
+    forbidden = {word[0] for word in bad_words_ids if len(word) == 1}
+    if wire.min_tokens > 0:
+        forbidden |= {*i32_column(wire.stop_token_ids).tolist(), *(() if wire.ignore_eos else eos_token_ids)}
+    if forbidden.issuperset(i32_column(wire.allowed_token_ids).tolist()):
+        raise BadRequest("allowed_token_ids", "has only ids that bad_words, or min_tokens with EOS and stop_token_ids, forbid;"
+                         " allowed: at least one other")
 
 
 def check_text(field: str, text: str) -> None:

@@ -125,6 +125,24 @@ def test_what_only_the_model_can_tell_is_refused_too(message: Generate, field: s
     assert caught.value.field == field and says in caught.value.message
 
 
+@pytest.mark.parametrize("forbids", [
+    {"bad_words": ["a", "b"]}, {"stop_token_ids": [1, 2], "min_tokens": 1},
+    {"bad_words": ["a"], "stop_token_ids": [2], "min_tokens": 1}])
+def test_allowed_tokens_that_are_all_forbidden_are_refused(forbids: dict) -> None:
+    """Else the request would be admitted, and fail at its first token with an error that names no field."""
+    with pytest.raises(BadRequest) as caught:
+        make_intake().prepare(generate(allowed_token_ids=[1, 2], **forbids), LIMITS)
+    assert caught.value.field == "allowed_token_ids" and all(name in caught.value.message for name in ("bad_words", "min_tokens"))
+    make_intake().prepare(generate(allowed_token_ids=[1, 2, 3], **forbids), LIMITS)
+
+
+def test_an_end_that_is_not_waited_for_may_be_all_that_is_allowed() -> None:
+    make_intake().prepare(generate(allowed_token_ids=[EOS], min_tokens=0), LIMITS)
+    make_intake().prepare(generate(allowed_token_ids=[EOS], min_tokens=1, ignore_eos=True), LIMITS)
+    with pytest.raises(BadRequest, match="allowed_token_ids"):
+        make_intake().prepare(generate(allowed_token_ids=[EOS], min_tokens=1), LIMITS)
+
+
 def test_too_long_names_the_three_numbers() -> None:
     with pytest.raises(BadRequest) as caught:
         make_intake().prepare(generate(token_ids=[1] * 60, max_tokens=41), LIMITS)
