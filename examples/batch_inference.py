@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # from a clone, installed or not
-from folovllm import BadRequest, EngineNotRunning, LLMEngine, ModelConfig, SamplingParams
+from folovllm import BadRequest, ConfigError, EngineNotRunning, LLMEngine, ModelConfig, SamplingParams
 
 QUESTIONS = [
     "What is the capital of France?", "Write a haiku about AI.", "Why is the sky blue?", "Name three prime numbers.",
@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     which.add_argument("--num-prompts", type=positive, default=8, metavar="N", help="built-in questions, repeated (default: 8)")
     which.add_argument("--prompts", nargs="+", metavar="TEXT", help="your own")
     parser.add_argument("--max-tokens", type=positive, default=64, help="most new tokens of each (default: 64)")
-    parser.add_argument("--model", default="default", help="'default', a directory, a GGUF file or a hub id")
+    parser.add_argument("--model", default="default", help="'default', a directory, a GGUF file or a hub id (default: default)")
     parser.add_argument("--compare-sequential", action="store_true", help="run the same prompts one after another too")
     return parser.parse_args()
 
@@ -68,5 +68,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (BadRequest, EngineNotRunning) as error:
+    except (BadRequest, ConfigError, EngineNotRunning) as error:
         sys.exit(f"error: {error}")

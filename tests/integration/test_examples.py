@@ -35,3 +35,16 @@ def test_own_prompts_in_a_batch_and_one_by_one(tmp_path: Path, default_model_dir
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
     done = run(tmp_path, *arguments)
     assert (done.returncode, done.stdout) == (code, "") and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_wrong_setting_of_the_environment_is_one_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOLOVLLM_WINDOW", "many")
+    done = run(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: FOLOVLLM_WINDOW: was 'many'; allowed: an integer in [1, 2]\n")
+
+
+def test_help_has_units_and_defaults(tmp_path: Path) -> None:
+    flags = " ".join(run(tmp_path, "--help").stdout.split())
+    for default in ("(default: 8)", "(default: 64)", "(default: default)"):
+        assert default in flags
+    assert "tokens" in flags
