@@ -23,15 +23,16 @@ RATE = Metric("output tokens", "tokens/s")
 FEW = 8                      # requests for an engine that takes them one by one
 
 
-def main() -> None:
-    parser = harness.parser(__doc__)
+def main(argv: list[str] | None = None, name: str = "offline_width", doc: str = __doc__) -> None:
+    """``name`` and ``doc``: of the benchmark that this one is with chosen flags."""
+    parser = harness.parser(doc)
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 4, 16, 64], help="requests at once (default: 1 4 16 64)")
     parser.add_argument("--requests", type=int, default=64, help="of workload W (default: 64)")
     parser.add_argument("--requests-at-1", type=int, default=16, help="at width 1, where all of W takes minutes (default: 16)")
     parser.add_argument("--output-tokens", type=int, help="of each request, instead of W's 32 to 128")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     work = [(prompt, arguments.output_tokens or count) for prompt, count in make_workload(arguments.requests)]
-    report = harness.new_report("offline_width", "width", [RATE], arguments)
+    report = harness.new_report(name, "width", [RATE], arguments)
     report.note(f"width 1: the first {arguments.requests_at_1} requests of W, one after another; others: all {arguments.requests} at once")
     with harness.Session(arguments, report) as session:
         loaded = 0

@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import harness
+import offline_throughput
 import workload
 from child import Child, ChildFailed, death_reason
 from engines import Mode, NotRunning, Result, checked, parse_mode
@@ -295,6 +296,26 @@ class TestSession:
         found = harness.whole_and_decode(Engine(), [([1, 2], 11), ([3], 21)], "whole", "decode")
         assert found == {"whole": pytest.approx(32 / 5), "decode": pytest.approx(10.0)}
         assert harness.positive("rate", 5, -0.1) == {}
+
+
+def test_offline_throughput_is_workload_w_beside_transformers(tmp_path, monkeypatch):
+    """All of W at once, three rounds that alternate, and its first 8 requests one by one for transformers."""
+    turns, ran = [], []
+    peer, ours = FakeEngine("transformers, one by one", turns), FakeEngine("bf16", turns)
+    peer.one_at_a_time = True
+    for engine in (peer, ours):
+        def run(work, one_by_one=False, engine=engine):
+            ran.append((engine.name, len(work), sum(count for _, count in work), one_by_one))
+            return Result(1.0 if engine is ours else 2.0, [count for _, count in work], None)
+        monkeypatch.setattr(engine, "run", run)
+    monkeypatch.setattr(harness, "engines", lambda arguments: [peer, ours] if arguments.chosen == ["transformers"] else [])
+    offline_throughput.main(["--model", str(tmp_path), "--out", str(tmp_path)])
+    measured = [entry for entry in ran if entry[2] > 8]                  # without the warm-up of a load
+    assert measured.count(("transformers, one by one", 8, 737, True)) == 3
+    assert measured.count(("bf16", 64, 5088, False)) == 3 + 1            # one more to warm
+    assert len(measured) == 7
+    medians = json.loads((tmp_path / "offline_throughput.json").read_text())["medians"]
+    assert [entry["median"] for entry in medians] == [737 / 2, 5088]
 
 
 def test_the_prompts_are_twenty_of_three_kinds():
