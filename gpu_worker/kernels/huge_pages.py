@@ -14,6 +14,7 @@ from torch import Tensor
 
 PAGE_BYTES = 1 << 21
 LINE_BYTES = 64
+CHUNK_BYTES = 1 << 26
 
 
 class HugePages:
@@ -29,14 +30,35 @@ class HugePages:
 
     @classmethod
     def for_tensors(cls, tensors: Iterable[Tensor]) -> HugePages:
-        return cls(sum(_whole_lines(tensor.nbytes) for tensor in tensors))
+        return cls(sum(whole_lines(tensor.nbytes) for tensor in tensors))
 
     def take(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor`` that lies here."""
-        start, self._next = self._next, self._next + _whole_lines(tensor.nbytes)
+        return self.room(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def room(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes], zeros, for the caller to fill."""
+        start, self._next = self._next, self._next + whole_lines(num_bytes)
         assert self._next <= self._end, "no room was asked for this tensor"
-        return self._bytes[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return self._bytes[start:start + num_bytes]
+
+    def fits(self, num_bytes: int) -> bool:
+        """Whether there is room for so many bytes."""
+        return self._next + num_bytes <= self._end
 
 
-def _whole_lines(num_bytes: int) -> int:
+class GrowingHugePages:
+    """Room for copies of tensors that nobody has counted: more of it whenever the last is used up."""
+
+    def __init__(self) -> None:
+        self._pages = HugePages(0)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor`` that lies here."""
+        if not self._pages.fits(tensor.nbytes):
+            self._pages = HugePages(max(CHUNK_BYTES, whole_lines(tensor.nbytes)))     # untouched pages are no memory
+        return self._pages.take(tensor)
+
+
+def whole_lines(num_bytes: int) -> int:
     return -(-num_bytes // LINE_BYTES) * LINE_BYTES

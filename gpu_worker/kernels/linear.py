@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpu_worker.kernels import panels as packing
 from gpu_worker.kernels.elementwise import QuantizedRows
-from gpu_worker.kernels.huge_pages import HugePages
+from gpu_worker.kernels.huge_pages import GrowingHugePages, HugePages
 from gpu_worker.kernels.library import Library
 
 MAX_INPUTS = 32768           # MAX_WIDTH of rows.h
@@ -126,7 +126,7 @@ class Weight:
         optional = {"scales": self.scales, "bias": self.bias}
         return {"header": header, "panels": self.panels, **{name: each for name, each in optional.items() if each is not None}}
 
-    def moved(self, pages: HugePages) -> Weight:
+    def moved(self, pages: HugePages | GrowingHugePages) -> Weight:
         """A copy in ``pages``."""
         panels, scales, bias = (None if each is None else pages.take(each) for each in (self.panels, self.scales, self.bias))
         return replace(self, panels=panels, scales=scales, bias=bias)

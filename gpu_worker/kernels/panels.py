@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LAYOUT = "panels1"           # of what is packed here: another name with every change of the order
 PANEL = 16                   # outputs
 GROUP = 32                   # inputs that share a scale
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}       # of a GGUF file, for 32 inputs

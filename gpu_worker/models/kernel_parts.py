@@ -1,7 +1,7 @@
 """A decoder's products on the compiled kernels' weights.
 
-Given to ``decoder_parts.PlainParts`` and ``quantization.parts.QuantizedParts``, which say what is
-multiplied; used by ``kernel_decoder.py``.  Weights are put into the kernels' order at load.
+Given to ``packed_parts.PackedParts``, whose weights are in the kernels' order, and to
+``decoder_parts.PlainParts``, whose are put into it at load; used by ``kernel_decoder.py``.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpu_worker.kernels import panels
 from gpu_worker.kernels.decoder import Product
 from gpu_worker.kernels.elementwise import Elementwise, Output
+from gpu_worker.kernels.huge_pages import GrowingHugePages
 from gpu_worker.kernels.library import Library
 from gpu_worker.kernels.linear import Linear, Weight, WeightKind
 from gpu_worker.models.decoder_parts import Affine
-from gpu_worker.quantization.blocks import Block4Weight, Block8Weight
-from gpu_worker.quantization.products import Weight as QuantizedWeight
 
 KINDS = {torch.float32: WeightKind.FLOAT32, torch.bfloat16: WeightKind.BF16}
+ROW_DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 
 
 class KernelLinear:
@@ -44,31 +43,23 @@ class KernelProducts:
 
     def __init__(self, library: Library, num_threads: int) -> None:
         self._library, self._threads = library, num_threads
+        self._pages = GrowingHugePages()
 
     def linear(self, affine: Affine) -> KernelLinear:
         dtype = affine.weight.dtype
-        return self._made(Weight.from_float(KINDS[dtype], affine.weight, affine.bias), Output.ROWS, dtype, dtype)
+        return self.product(self._packed(affine.weight, affine.bias), None, dtype)
 
     def head(self, weight: Tensor) -> KernelLinear:
         """→ float32 logits."""
-        return self._made(Weight.from_float(KINDS[weight.dtype], weight), Output.ROWS, weight.dtype, torch.float32)
+        return self.product(self._packed(weight, None), None, torch.float32)
 
-    def quantized(self, weight: QuantizedWeight, bias: Tensor | None, group: int | None) -> KernelLinear:
-        """float32 rows, a scale each or (``group``) one for each 32 inputs → float32."""
-        wanted = Output.PER_TOKEN if group is None else Output.PER_GROUP
-        return self._made(_packed(weight, bias), wanted, torch.float32, torch.float32)
-
-    def _made(self, weight: Weight, wanted: Output, input_dtype: torch.dtype, output_dtype: torch.dtype) -> KernelLinear:
+    def product(self, weight: Weight, group: int | None, output_dtype: torch.dtype) -> KernelLinear:
+        """Rows for integer weights are float32, and have a scale each or (``group``) one for each 32 inputs."""
+        if weight.kind in ROW_DTYPES:
+            wanted, input_dtype = Output.ROWS, ROW_DTYPES[weight.kind]
+        else:
+            wanted, input_dtype = Output.PER_TOKEN if group is None else Output.PER_GROUP, torch.float32
         return KernelLinear(self._library, self._threads, weight, wanted, input_dtype, output_dtype)
 
-
-def _packed(weight: QuantizedWeight, bias: Tensor | None) -> Weight:
-    n, k = weight.shape
-    scales = None
-    if isinstance(weight, Block4Weight):
-        kind, packed = WeightKind.INT4_BLOCKS, panels.pack_int4_blocks(weight.nibbles, weight.scales, weight.minimums)
-    elif isinstance(weight, Block8Weight):
-        kind, packed = WeightKind.INT8_BLOCKS, panels.pack_int8_blocks(weight.values, weight.scales)
-    else:
-        kind, packed, scales = WeightKind.INT8, panels.pack_int8(weight.values), panels.pad(weight.scales)
-    return Weight(kind, n, k, k, packed, scales, None if bias is None else panels.pad(bias.float()))
+    def _packed(self, weight: Tensor, bias: Tensor | None) -> Weight:
+        return Weight.from_float(KINDS[weight.dtype], weight, bias).moved(self._pages)

@@ -19,11 +19,11 @@ from gpu_worker.models.cpu_kernels import CpuKernels, attention_backend
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.models.decoder_parts import DecoderParts, PlainParts, TorchProducts
 from gpu_worker.models.kernel_decoder import KernelDecoder
+from gpu_worker.models.packed_parts import keeps_packed, packed_checkpoint
 from gpu_worker.models.spec import LoadedModel, ModelError, ModelSpec
 from gpu_worker.product_dtype import onednn_multiplies
 from gpu_worker.quantization.modes import check_supported
-from gpu_worker.quantization.parts import QuantizedParts
-from gpu_worker.quantization.products import QuantizedLinear
+from gpu_worker.quantization.parts import QuantizedParts, packed_quantized
 
 __all__ = ["LoadedModel", "ModelError", "ModelSpec", "load_model"]
 logger = logging.getLogger(__name__)
@@ -63,8 +63,13 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
         kernels = None
     if quantization is not None:
         check_supported(quantization, lean, dtype, device)
-        product = QuantizedLinear if kernels is None else kernels.products.quantized
-        model = _decoder(lean, QuantizedParts(quantization, model_dir, lean, dtype, product), kernels, device, settings)
+        if kernels is None:
+            parts: DecoderParts = QuantizedParts(quantization, model_dir, lean, dtype)
+        else:
+            parts = packed_quantized(quantization, model_dir, lean, dtype, kernels.products)
+        model = _decoder(lean, parts, kernels, device, settings)
+    elif kernels is not None and keeps_packed(model_dir, chosen):
+        model = _decoder(lean, packed_checkpoint(model_dir, lean, kernels.products), kernels, device, settings)
     else:
         with weights.Checkpoint(model_dir) as checkpoint:
             products = TorchProducts() if kernels is None else kernels.products

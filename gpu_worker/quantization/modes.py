@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpu_worker.kernels import panels
+from gpu_worker.models import packed_files
 from gpu_worker.models.converted import GGUF_NAME, make_once
 from gpu_worker.models.decoder_config import DecoderConfig
 from gpu_worker.models.decoder_parts import projection_shapes
@@ -49,16 +51,20 @@ def check_supported(mode: str, config: DecoderConfig, dtype: str, device: torch.
                              f" allowed: with multiples of {GROUP}")
 
 
-def prepared(mode: str, model_dir: Path, config: DecoderConfig) -> Path:
-    """The directory with the tensors of ``tensor_files``; made if it is not there."""
+def prepared(mode: str, model_dir: Path, config: DecoderConfig, *, packed: bool) -> Path:
+    """The directory with the tensors of ``tensor_files``, or (``packed``) of ``packed_files``; made if it is not there."""
     source = f"{fingerprint(model_dir)[:16]}{'-gguf' if (model_dir / GGUF_NAME).exists() else ''}"
-    return make_once(f"{mode}-{source}-v{MODES[mode].version}", lambda target: _make(mode, model_dir, config, target))
+    name = f"{mode}-{source}-v{MODES[mode].version}{f'-{panels.LAYOUT}' if packed else ''}"
+    return make_once(name, lambda target: _make(mode, model_dir, config, target, packed))
 
 
-def _make(mode: str, model_dir: Path, config: DecoderConfig, target: Path) -> None:
+def _make(mode: str, model_dir: Path, config: DecoderConfig, target: Path, packed: bool) -> None:
     logger.info("%s: quantizing to %s", model_dir, mode)
     with Checkpoint(model_dir) as checkpoint:
         for name, tensors in MODES[mode].tensors(checkpoint, config, model_dir):
-            tensor_files.write(target, name, tensors)
+            if packed:
+                packed_files.write(target, name, packed_files.packed_tensors(name, tensors))
+            else:
+                tensor_files.write(target, name, tensors)
         checkpoint.ignore("rotary_emb.inv_freq")
         checkpoint.check_all_taken()

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from gpu_worker.kernels.huge_pages import HugePages
+from gpu_worker.kernels.huge_pages import CHUNK_BYTES, GrowingHugePages, HugePages
 from gpu_worker.kernels.linear import MAX_INPUTS, Weight, WeightKind
 from gpu_worker.kernels.linear_reference import unpacked
 
@@ -107,3 +107,11 @@ def test_no_more_than_was_asked_for():
     pages.take(torch.zeros(9))
     with pytest.raises(AssertionError, match="no room"):
         pages.take(torch.zeros(1))
+
+
+def test_more_huge_pages_whenever_they_are_used_up():
+    pages = GrowingHugePages()
+    large, small = torch.arange(CHUNK_BYTES // 8 + 5), torch.arange(20.0)
+    copies = [pages.take(each) for each in (small, small, large, small)]
+    assert all(torch.equal(copy, each) and copy.data_ptr() % 64 == 0 for copy, each in zip(copies, (small, small, large, small), strict=True))
+    assert copies[1].data_ptr() - copies[0].data_ptr() == 128

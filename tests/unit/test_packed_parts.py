@@ -1,0 +1,115 @@
+"""Weights on disk in the kernels' order: the same bits as packed at load, made once, never taken for what they are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from gpu_worker.kernels import panels
+from gpu_worker.models import packed_files, packed_parts
+from gpu_worker.models.converted import make_once, models_dir
+from gpu_worker.models.kernel_decoder import KernelDecoder
+from gpu_worker.models.registry import load_model
+from gpu_worker.models.spec import LoadedModel, ModelError
+from private_cache import use_private_cache
+from tiny_models import write_random_model
+from whole_prompt import logits_of
+
+CPU = torch.device("cpu")
+IDS = [(29 * i) % 250 + 3 for i in range(70)]
+MODES = pytest.mark.parametrize("mode", [None, "int8", "int4"])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache directory of its own for each test."""
+    return use_private_cache(monkeypatch, tmp_path / "cache")
+
+
+def biased(path: Path, seed: int = 0) -> Path:
+    from transformers import Qwen3Config
+
+    return write_random_model(path, Qwen3Config(
+        vocab_size=261, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        head_dim=16, max_position_embeddings=128, initializer_range=0.1, attention_bias=True), seed=seed)
+
+
+def converted(seed: int = 0) -> Path:
+    """A checkpoint that stands where conversions do."""
+    return make_once(f"model-{seed}", lambda target: biased(target, seed))
+
+
+def load(model_dir: Path, mode: str | None = None) -> LoadedModel:
+    model = load_model(model_dir, dtype="bfloat16", device=CPU, quantization=mode, num_threads=1)
+    assert isinstance(model, KernelDecoder)
+    return model
+
+
+def packed_folders() -> list[Path]:
+    return sorted(models_dir().glob(f"*-{panels.LAYOUT}"))
+
+
+def test_the_same_bits_as_packed_at_load(tmp_path: Path) -> None:
+    kept, at_load = load(converted()), load(biased(tmp_path / "own"))
+    assert torch.equal(logits_of(kept, IDS), logits_of(at_load, IDS))
+    assert kept.spec == at_load.spec and kept.weights_fingerprint == at_load.weights_fingerprint
+    assert len(packed_folders()) == 1
+
+
+@MODES
+def test_made_once_and_only_copied_after_that(monkeypatch: pytest.MonkeyPatch, mode: str | None) -> None:
+    first = load(converted(), mode)
+
+    def again(*_arguments: object) -> None:
+        raise AssertionError("packed twice")
+
+    for name in ("pack_words", "pack_int8", "pack_int8_blocks", "pack_int4_blocks"):
+        monkeypatch.setattr(panels, name, again)
+    second = load(converted(), mode)
+    assert second.weights_fingerprint == first.weights_fingerprint
+    assert torch.equal(logits_of(second, IDS), logits_of(first, IDS))
+    for product in (*second.linears(), second.head()):
+        assert product.structure().weight.panels % 64 == 0
+
+
+@MODES
+def test_another_layout_is_made_anew(monkeypatch: pytest.MonkeyPatch, mode: str | None) -> None:
+    expected = logits_of(load(converted(), mode), IDS)
+    monkeypatch.setattr(panels, "LAYOUT", "panels0")
+    assert not packed_folders()
+    assert torch.equal(logits_of(load(converted(), mode), IDS), expected)
+    assert len(packed_folders()) == 1
+
+
+def test_another_checkpoint_is_packed_anew() -> None:
+    models = [load(converted(seed)) for seed in (0, 1)]
+    assert models[0].weights_fingerprint != models[1].weights_fingerprint and len(packed_folders()) == 2
+
+
+def test_a_file_of_another_layout_is_refused() -> None:
+    load(converted())
+    folder = packed_folders()[0]
+    path = folder / "layer.1.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, {packed_files.LAYOUT_KEY: "panels0"})
+    with pytest.raises(ModelError, match=f"layer.1.safetensors: its layout is panels0, not {panels.LAYOUT}; when {folder} is removed"):
+        load(converted())
+
+
+@pytest.mark.parametrize("size", [6, -64])
+def test_half_a_file_is_refused(size: int) -> None:
+    load(converted())
+    path = packed_folders()[0] / "layer.0.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ModelError, match=r"layer.0.safetensors: .* header.*; when .* is removed, it is made anew"):
+        load(converted())
+
+
+def test_no_copy_of_what_the_user_keeps(tmp_path: Path) -> None:
+    """Nor of a dtype that the checkpoint is not meant for."""
+    load(biased(tmp_path / "own"))
+    load_model(converted(), dtype="float32", device=CPU, num_threads=1)
+    assert not packed_folders()
+    assert packed_parts.keeps_packed(converted(), torch.bfloat16) and not packed_parts.keeps_packed(converted(), torch.float32)
