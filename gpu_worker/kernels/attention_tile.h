@@ -106,6 +106,7 @@ template <int ROWS, bool FETCH, typename Q, typename E>
             if constexpr (std::is_same_v<Q, bf16>) {
 #if defined(FOLO_BF16)
                 I32 pairs[ROWS];
+                FOLO_UNROLL
                 for (int r = 0; r < ROWS; ++r) pairs[r] = broadcast_pair(queries + r * dim + d);
                 FOLO_UNROLL
                 for (int v = 0; v < VECTORS; ++v) {
@@ -186,6 +187,7 @@ inline void add_columns(const Q* weights, const E* values, const E* next, int be
         if constexpr (std::is_same_v<Q, bf16>) {
 #if defined(FOLO_BF16)
             I32 pairs[ROWS];
+            FOLO_UNROLL
             for (int r = 0; r < ROWS; ++r) pairs[r] = broadcast_pair(weights + r * WEIGHT_STRIDE<Q> + key);
             FOLO_UNROLL
             for (int v = 0; v < VECTORS; ++v) {

@@ -77,6 +77,7 @@ void quantize_rows(Team& team, const T* x, int rows, int width, Output output, Q
     template void quantize_rows<T>(Team&, const T*, int, int, Output, QuantizedRows);
 INSTANTIATE(float)
 INSTANTIATE(bf16)
+#undef INSTANTIATE
 
 }  // namespace folo
 

@@ -36,8 +36,8 @@ float largest_of(const float* x, int count) {
 void greedy(Team& team, const GreedyArguments& a) {
     const int segments = greedy_segments(a.n);
     team.for_each((int64_t)a.rows * segments, [&](int64_t unit) {
-        const int start = unit % segments * SEGMENT;
-        a.largest[unit] = largest_of(a.logits + unit / segments * a.n + start, start + SEGMENT < a.n ? SEGMENT : a.n - start);
+        const int start = unit % segments * LOGITS_SEGMENT;
+        a.largest[unit] = largest_of(a.logits + unit / segments * a.n + start, start + LOGITS_SEGMENT < a.n ? LOGITS_SEGMENT : a.n - start);
     });
     team.for_each(a.rows, [&](int64_t r) {
         const float* largest = a.largest + r * segments;
@@ -47,7 +47,7 @@ void greedy(Team& team, const GreedyArguments& a) {
         }
         const bool fails = !std::isfinite(largest[best]);
         a.errors[r] = fails ? a.error : 0;
-        int64_t id = fails ? 0 : (int64_t)best * SEGMENT;
+        int64_t id = fails ? 0 : (int64_t)best * LOGITS_SEGMENT;
         if (!fails) {
             while (a.logits[r * a.n + id] != largest[best]) ++id;
         }

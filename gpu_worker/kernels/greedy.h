@@ -9,9 +9,9 @@
 
 namespace folo {
 
-constexpr int SEGMENT = 2048;       // logits
+constexpr int LOGITS_SEGMENT = 2048;       // logits
 
-inline int greedy_segments(int n) { return (n + SEGMENT - 1) / SEGMENT; }
+inline int greedy_segments(int n) { return (n + LOGITS_SEGMENT - 1) / LOGITS_SEGMENT; }
 
 struct GreedyArguments {
     const float* logits;            // [rows, n]

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_worker.kernels.library import Library
 from protocol.steps import RowError
 
-SEGMENT = 2048               # of greedy.h
+SEGMENT = 2048               # LOGITS_SEGMENT of greedy.h
 
 
 class Greedy:

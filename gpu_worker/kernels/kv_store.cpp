@@ -127,5 +127,6 @@ void rope_and_store(Team& team, const RopeStoreArguments<T>& a) {
     template void rope_and_store<T>(Team&, const RopeStoreArguments<T>&);
 INSTANTIATE(float)
 INSTANTIATE(bf16)
+#undef INSTANTIATE
 
 }  // namespace folo

@@ -32,20 +32,23 @@ def test_compiled_once_and_found_again(compiler):
     assert sorted(path.name for path in place.parent.iterdir()) == [place.name]      # nothing else is left
     assert place.parent.stat().st_mode & 0o777 == 0o700
     count = len(calls())
-    assert count == 2 + len(list(builder.SOURCES.glob("*.cpp"))) and all("-mavx2" in call for call in calls()[:-1])
+    assert count == 3 and all("-mavx2" in call for call in calls()[:-1])
     assert build(AVX2) == place and len(calls()) == count
     assert build(AVX2, ("-DOTHER",)) != place and build(LEVELS[0]) != place
 
 
+def test_every_source_is_in_one_unit(compiler, tmp_path):
+    """attention.cpp by itself, a file that includes all others."""
+    compiler(f'for each; do case $each in *others.cpp) cp "$each" {tmp_path};; esac; done; {WRITES_OUTPUT}')
+    build(AVX2)
+    included = {line.split('"')[1] for line in (tmp_path / "others.cpp").read_text(encoding="utf-8").splitlines()}
+    assert included == {str(path) for path in builder.SOURCES.glob("*.cpp")} - {str(builder.SOURCES / builder.LONGEST)}
+
+
 def test_error_is_given_with_the_file(compiler):
-    compiler(f'case "$*" in *attention.cpp*) echo "kv.h:7: error: no such thing" >&2; exit 1;; esac; {WRITES_OUTPUT}')
-    with pytest.raises(KernelsUnavailable, match=r"attention.cpp does not compile with .*: kv.h:7: error: no such thing"):
+    compiler(f'case "$*" in *others.cpp*) echo "kv.h:7: error: no such thing" >&2; exit 1;; esac; {WRITES_OUTPUT}')
+    with pytest.raises(KernelsUnavailable, match=r"the kernels do not compile with .*: kv.h:7: error: no such thing"):
         build(AVX2)
-
-
-def test_header_that_cannot_be_precompiled_is_read(compiler):
-    compiler(f'case "$*" in *c++-header*) exit 1;; esac; {WRITES_OUTPUT}')
-    assert build(AVX2).is_file()
 
 
 def test_compiler_that_does_not_end_is_not_waited_for(compiler, monkeypatch):
