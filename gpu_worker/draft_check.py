@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gpu_worker.input_batch import InputBatch
+from gpu_worker.picking import Sampled
 from gpu_worker.request_states import RequestStates
-from gpu_worker.sampler import Sampled
 
 
 def accept(sampled: Sampled, batch: InputBatch, states: RequestStates) -> tuple[np.ndarray, Tensor]:

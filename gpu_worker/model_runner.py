@@ -105,7 +105,7 @@ class ModelRunner:
             return Samples(batch.sampling, nothing, nothing, batch.sampling, None)
         logits = self.model.compute_logits(hidden.index_select(0, batch.logits_indices))
         rows = self._sampling_rows(batch)
-        sampled = sample(logits, rows)
+        sampled = sample(logits, rows, self.model.picker)
         if batch.num_drafts.any():
             counts, token_ids = accept(sampled, batch, self.states)
             kept = torch.from_numpy(np.flatnonzero(counts)).to(logits.device)

@@ -85,7 +85,7 @@ def _fingerprint(model: LoadedModel, device: torch.device, num_threads: int, buc
     """Equal where equal requests give equal bits: everything that chooses an arithmetic."""
     spec = model.spec
     return _joined(model.weights_fingerprint, str(spec.dtype), str(spec.kv_dtype), str(spec.quantization), spec.backend,
-                   model.attention.name, *arithmetic(device), str(num_threads), torch.__version__, str(buckets.enabled))
+                   model.attention.name, model.picker.name, *arithmetic(device), str(num_threads), torch.__version__, str(buckets.enabled))
 
 
 def _joined(*parts: str) -> str:

@@ -43,7 +43,7 @@ class KeptLogits:
     """The model, with a copy of the logits that it returned last."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self._model, self.spec, self.last = model, model.spec, torch.empty(0)
+        self._model, self.spec, self.picker, self.last = model, model.spec, model.picker, torch.empty(0)
 
     def forward(self, *arguments: Any) -> Tensor:
         return self._model.forward(*arguments)

@@ -46,7 +46,7 @@ void greedy(Team& team, const GreedyArguments& a) {
             if (largest[s] > largest[best] || std::isnan(largest[s])) best = s;
         }
         const bool fails = !std::isfinite(largest[best]);
-        a.errors[r] = fails ? a.error : 0;
+        a.errors[r] = !fails ? 0 : largest[best] < 0 ? a.empty_error : a.nan_error;
         int64_t id = fails ? 0 : (int64_t)best * LOGITS_SEGMENT;
         if (!fails) {
             while (a.logits[r * a.n + id] != largest[best]) ++id;
@@ -62,8 +62,9 @@ using namespace folo;
 #pragma GCC visibility push(default)
 extern "C" {
 
-void folo_greedy(const float* logits, int rows, int n, int error, float* largest, int64_t* token_ids, int64_t* errors, int threads) {
-    run_team(threads, [&](Team& team) { greedy(team, GreedyArguments{logits, rows, n, error, largest, token_ids, errors}); });
+void folo_greedy(const float* logits, int rows, int n, int nan_error, int empty_error, float* largest, int64_t* token_ids, int64_t* errors, int threads) {
+    const GreedyArguments a{logits, rows, n, nan_error, empty_error, largest, token_ids, errors};
+    run_team(threads, [&](Team& team) { greedy(team, a); });
 }
 
 }

@@ -16,7 +16,8 @@ inline int greedy_segments(int n) { return (n + LOGITS_SEGMENT - 1) / LOGITS_SEG
 struct GreedyArguments {
     const float* logits;            // [rows, n]
     int32_t rows, n;
-    int32_t error;                  // the code of rows with a NaN, and of those whose largest is infinite
+    int32_t nan_error;              // the code of rows with a NaN, and of those whose largest is infinite
+    int32_t empty_error;            // of rows of nothing but -infinity
     float* largest;                 // [rows, greedy_segments(n)], scratch
     int64_t* token_ids;             // [rows], the lowest id of equal ones; any id where there is an error
     int64_t* errors;                // [rows], 0: none

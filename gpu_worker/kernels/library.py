@@ -32,8 +32,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "folo_rope_and_store": (_ADDRESS,),
     # is_bf16, weight, input, y, threads
     "folo_linear": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
-    # logits, rows, n, error, scratch, token_ids, errors, threads
-    "folo_greedy": (_ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    # logits, rows, n, nan_error, empty_error, scratch, token_ids, errors, threads
+    "folo_greedy": (_ADDRESS, _INT, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
     # model, tokens, bytes (out)
     "folo_decoder_scratch_bytes": (_ADDRESS, _INT, _ADDRESS),
     # model, step

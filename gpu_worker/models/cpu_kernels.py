@@ -18,9 +18,11 @@ from gpu_worker.kernels.build import KernelsUnavailable
 from gpu_worker.kernels.elementwise import GROUP
 from gpu_worker.kernels.library import Library
 from gpu_worker.kernels.linear import MAX_INPUTS
+from gpu_worker.kernels.picker import KernelPicker
 from gpu_worker.models.decoder_config import DecoderConfig
 from gpu_worker.models.decoder_parts import projection_shapes
 from gpu_worker.models.kernel_parts import KernelProducts
+from gpu_worker.picking import Picker, TorchPicker
 
 DISABLED = "FOLOVLLM_DISABLE_KERNELS"
 
@@ -33,6 +35,7 @@ class CpuKernels:
     num_threads: int
     attention: CpuAttention
     products: KernelProducts
+    picker: KernelPicker
 
     @classmethod
     def open(cls, device: torch.device, num_threads: int) -> tuple[CpuKernels | None, str | None]:
@@ -43,7 +46,8 @@ class CpuKernels:
             library = Library.open()
         except KernelsUnavailable as error:
             return None, str(error)
-        return cls(library, num_threads, CpuAttention(library, num_threads), KernelProducts(library, num_threads)), None
+        return cls(library, num_threads, CpuAttention(library, num_threads), KernelProducts(library, num_threads),
+                   KernelPicker(library, num_threads)), None
 
     @staticmethod
     def decoder_lacks(config: DecoderConfig, dtype: torch.dtype) -> str | None:
@@ -61,3 +65,8 @@ def attention_backend(kernels: CpuKernels | None, layers: tuple[AttentionLayer, 
     if kernels is None or lacking:
         return ReferenceAttention(), lacking[0] if kernels is not None else None
     return kernels.attention, None
+
+
+def picker_of(kernels: CpuKernels | None) -> Picker:
+    """The kernels' where there are any, whatever else runs on them; it knows all models."""
+    return TorchPicker() if kernels is None else kernels.picker

@@ -17,6 +17,7 @@ from gpu_worker.models.decoder_config import DecoderConfig, inverse_frequencies
 from gpu_worker.models.decoder_parts import DecoderParts, LayerParts
 from gpu_worker.models.layers import packs, rotate, silu_and_multiply
 from gpu_worker.models.spec import ModelSpec, RowProduct
+from gpu_worker.picking import Picker
 
 
 class _Layer:
@@ -56,8 +57,8 @@ class Decoder:
     slower_because: str | None = None
 
     def __init__(self, config: DecoderConfig, parts: DecoderParts, *, device: torch.device, max_model_len: int,
-                 eos_token_ids: tuple[int, ...], attention: AttentionBackend, kv_dtype: torch.dtype | None = None) -> None:
-        self.attention, self.weights_fingerprint = attention, parts.fingerprint
+                 eos_token_ids: tuple[int, ...], attention: AttentionBackend, picker: Picker, kv_dtype: torch.dtype | None = None) -> None:
+        self.attention, self.picker, self.weights_fingerprint = attention, picker, parts.fingerprint
         top = parts.top()
         self._embedding, self._norm, self._head, self._eps = top.embedding, top.norm, top.head, config.rms_norm_eps
         self._layers = [_Layer(config, index, parts.layer(index)) for index in range(config.num_layers)]

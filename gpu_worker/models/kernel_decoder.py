@@ -23,6 +23,7 @@ from gpu_worker.models.cpu_kernels import CpuKernels
 from gpu_worker.models.decoder_config import DecoderConfig, inverse_frequencies
 from gpu_worker.models.decoder_parts import DecoderParts, LayerParts
 from gpu_worker.models.spec import ModelSpec, RowProduct
+from gpu_worker.picking import Picker
 
 
 class KernelProduct(RowProduct, Protocol):
@@ -40,8 +41,8 @@ class KernelDecoder:
     slower_because: str | None = None
 
     def __init__(self, config: DecoderConfig, parts: DecoderParts, kernels: CpuKernels, *, max_model_len: int,
-                 eos_token_ids: tuple[int, ...], kv_dtype: torch.dtype | None = None) -> None:
-        self.attention, self.weights_fingerprint = kernels.attention, parts.fingerprint
+                 eos_token_ids: tuple[int, ...], picker: Picker, kv_dtype: torch.dtype | None = None) -> None:
+        self.attention, self.picker, self.weights_fingerprint = kernels.attention, picker, parts.fingerprint
         self._top, self._layers = parts.top(), [parts.layer(index) for index in range(config.num_layers)]
         angles = torch.arange(max_model_len).float()[:, None] * inverse_frequencies(config)
         self._cos, self._sin = angles.cos(), angles.sin()

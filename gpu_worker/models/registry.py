@@ -15,7 +15,7 @@ import torch
 
 from gpu_worker.attention.reference import ReferenceAttention
 from gpu_worker.models import decoder_config, weights
-from gpu_worker.models.cpu_kernels import CpuKernels, attention_backend
+from gpu_worker.models.cpu_kernels import CpuKernels, attention_backend, picker_of
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.models.decoder_parts import DecoderParts, PlainParts, TorchProducts
 from gpu_worker.models.kernel_decoder import KernelDecoder
@@ -52,12 +52,13 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
         logger.info("%s: run by the transformers backend: %s", model_dir, reason)
         from gpu_worker.models.transformers_backend import load_transformers_model   # slow to import, rarely needed
         kernels, lacking = CpuKernels.open(device, torch.get_num_threads())
-        model = load_transformers_model(model_dir, max_model_len=max_model_len, device=device, attention=partial(attention_backend, kernels),
+        model = load_transformers_model(model_dir, max_model_len=max_model_len, device=device, attention=partial(attention_backend, kernels), picker=picker_of(kernels),
                                         dtype=resolve_dtype(dtype, _checkpoint_dtype(config), device), **settings)
         model.slower_because = model.slower_because or lacking
         return model
     settings["max_model_len"] = checked_max_model_len(max_model_len, lean.max_position)
     kernels, lacking = CpuKernels.open(device, torch.get_num_threads())
+    settings["picker"] = picker_of(kernels)
     chosen = resolve_dtype(dtype, _checkpoint_dtype(config), device, has_kernels=kernels is not None)
     if kernels is not None and (lacking := kernels.decoder_lacks(lean, chosen)) is not None:
         kernels = None

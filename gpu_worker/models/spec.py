@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.attention.interface import AttentionBackend, AttentionLayer, AttentionMetadata
+from gpu_worker.picking import Picker
 
 if TYPE_CHECKING:
     from gpu_worker.kv_cache import KVCache
@@ -78,6 +79,7 @@ class LoadedModel(Protocol):
 
     spec: ModelSpec
     attention: AttentionBackend
+    picker: Picker                        # of tokens from its logits
     weights_fingerprint: str
     pads_rows: bool                       # its products want buckets of rows (``row_buckets.py``)
     slower_because: str | None            # why own kernels do not run all of it, where they should

@@ -27,6 +27,7 @@ from gpu_worker.kv_cache import KVCache
 from gpu_worker.models import weights
 from gpu_worker.models.layers import Linear, LMHead
 from gpu_worker.models.spec import ModelError, ModelSpec
+from gpu_worker.picking import Picker
 from protocol.codec import BLOCK_SIZE_TOKENS
 
 PROBE_CHUNKS = (13, 11)          # tokens: a prompt in two steps, beside another one
@@ -89,9 +90,9 @@ class TransformersModel:
     pads_rows = True
     slower_because: str | None = None
 
-    def __init__(self, base: nn.Module, head: nn.Module, spec: ModelSpec, attention: AttentionBackend,
+    def __init__(self, base: nn.Module, head: nn.Module, spec: ModelSpec, attention: AttentionBackend, picker: Picker,
                  weights_fingerprint: str) -> None:
-        self.spec, self.attention, self.weights_fingerprint = spec, attention, weights_fingerprint
+        self.spec, self.attention, self.picker, self.weights_fingerprint = spec, attention, picker, weights_fingerprint
         self._base = base
         self._head = head            # the whole causal model, its base replaced by _GivenHidden
         self._once_each = list(range(spec.num_layers))
@@ -117,7 +118,7 @@ class TransformersModel:
 
 def load_transformers_model(model_dir: Path, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None,
                             eos_token_ids: tuple[int, ...], attention: Callable[[tuple[AttentionLayer, ...], torch.dtype], tuple[AttentionBackend, str | None]],
-                            kv_dtype: torch.dtype | None = None) -> TransformersModel:
+                            picker: Picker, kv_dtype: torch.dtype | None = None) -> TransformersModel:
     """The model, proven by a probe; ModelError names what it lacks.  ``attention`` chooses the backend for its layers."""
     bridge.register()
     config = _read_config(model_dir)
@@ -138,7 +139,7 @@ def load_transformers_model(model_dir: Path, *, dtype: torch.dtype, device: torc
         vocab_size=expected.shape[-1], max_model_len=limit, dtype=dtype, eos_token_ids=eos_token_ids,
         other_kv_dtype=kv_dtype, supports_bit_exact=device.type == "cpu" and dtype != torch.float16 and not experts)
     backend, lacking = attention(layers, dtype)
-    loaded = TransformersModel(base, head, spec, backend, fingerprint)
+    loaded = TransformersModel(base, head, spec, backend, picker, fingerprint)
     loaded.slower_because = lacking
     _check_probe(loaded, probe_ids, expected)
     return loaded

@@ -41,7 +41,7 @@ class FaultyModel:
     """A model whose forward or logits can be made to fail."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self._model, self.spec = model, model.spec
+        self._model, self.spec, self.picker = model, model.spec, model.picker
         self.raises: Exception | None = None
         self.nan_rows: list[int] = []             # rows of lm_head
 

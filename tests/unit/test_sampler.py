@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,15 +11,30 @@ import torch
 
 from gpu_worker.filters import draw
 from gpu_worker.logit_changes import SamplingRows
+from gpu_worker.models.cpu_kernels import CpuKernels
 from gpu_worker.noise import hash64, uniforms
+from gpu_worker.picking import Picker, Sampled, TorchPicker
 from gpu_worker.request_states import PARAMS_DTYPE, RequestStates, TokenLists
-from gpu_worker.sampler import sample
+from gpu_worker.sampler import sample as sample_by
 from protocol.codec import f32_bytes, i32_bytes
 from protocol.sampling_params import TokenParams
 from protocol.steps import Admission, RowError
 
 VOCAB = 1500        # no whole number of tiles
 MAX_LEN = 64
+CPU = torch.device("cpu")
+Sample = Callable[[torch.Tensor, SamplingRows], Sampled]
+
+
+@pytest.fixture(params=["torch", "kernels"])
+def sample(request: pytest.FixtureRequest) -> Sample:
+    picker: Picker = TorchPicker()
+    if request.param == "kernels":
+        kernels, reason = CpuKernels.open(CPU, num_threads=2)
+        if kernels is None:
+            pytest.skip(reason or "switched off")
+        picker = kernels.picker
+    return lambda logits, rows: sample_by(logits, rows, picker)
 
 
 def params(**fields: object) -> TokenParams:
@@ -35,7 +51,7 @@ def params(**fields: object) -> TokenParams:
 
 def rows_of(requests: list[tuple[TokenParams, list[int], int, int]], vocab: int = VOCAB) -> SamplingRows:
     """Rows for (params, token_ids, prompt_len, seed), through admission."""
-    states = RequestStates(len(requests), MAX_LEN, vocab, 4, torch.device("cpu"))
+    states = RequestStates(len(requests), MAX_LEN, vocab, 4, CPU)
     for row, (wanted, token_ids, prompt_len, seed) in enumerate(requests):
         admission = Admission(row, i32_bytes(token_ids), prompt_len, 0, b"", wanted, seed)
         states.admit(admission, TokenLists.of(wanted))
@@ -147,7 +163,7 @@ def some_logits(count: int, seed: int, vocab: int = VOCAB) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_parameter_against_slow_reference(name: str) -> None:
+def test_parameter_against_slow_reference(sample: Sample, name: str) -> None:
     wanted, count = CASES[name], 24
     requests = [(wanted, PROMPT + OUTPUT[:i % 6], len(PROMPT), 1000 + i) for i in range(count)]
     logits = some_logits(count, seed=len(name))
@@ -157,7 +173,7 @@ def test_parameter_against_slow_reference(name: str) -> None:
     assert sampled.token_ids.tolist() == expected
 
 
-def test_parameters_change_what_is_sampled() -> None:
+def test_parameters_change_what_is_sampled(sample: Sample) -> None:
     """The reference above would agree with a sampler that ignores a parameter which never matters."""
     logits = some_logits(64, seed=5)
     plain = sample(logits, rows_of([(params(), PROMPT + OUTPUT, 5, i) for i in range(64)])).token_ids
@@ -169,7 +185,7 @@ def test_parameters_change_what_is_sampled() -> None:
         assert bool(differs.any()) != neutral, name
 
 
-def test_mixed_batch_is_bit_equal_to_each_row_alone() -> None:
+def test_mixed_batch_is_bit_equal_to_each_row_alone(sample: Sample) -> None:
     requests = [(wanted, PROMPT + OUTPUT[:i % 6], len(PROMPT), i) for i, wanted in enumerate(list(CASES.values()) * 3)]
     logits = some_logits(len(requests) + 3, seed=7)        # three rows of padding
     together = sample(logits, rows_of(requests)).token_ids.tolist()
@@ -178,21 +194,21 @@ def test_mixed_batch_is_bit_equal_to_each_row_alone() -> None:
     assert together == [slow_sample(logits[i].numpy(), *request) for i, request in enumerate(requests)]
 
 
-def test_logits_are_not_changed() -> None:
+def test_logits_are_not_changed(sample: Sample) -> None:
     logits = some_logits(len(CASES), seed=1)
     before = logits.clone()
     sample(logits, rows_of([(wanted, PROMPT, 5, 0) for wanted in CASES.values()]))
     assert torch.equal(logits, before)
 
 
-def test_greedy_takes_the_lowest_of_equal_ids() -> None:
+def test_greedy_takes_the_lowest_of_equal_ids(sample: Sample) -> None:
     logits = torch.zeros(3, VOCAB)
     logits[1, [77, 1200]] = 1.0
     wanted = [params(temperature=0.0), params(temperature=0.0), params(temperature=0.0, logit_bias={0: -1.0})]
     assert sample(logits, rows_of([(w, [1], 1, 0) for w in wanted])).token_ids.tolist() == [0, 77, 1]
 
 
-def test_top_k_keeps_ties_at_its_threshold() -> None:
+def test_top_k_keeps_ties_at_its_threshold(sample: Sample) -> None:
     logits = torch.full((400, VOCAB), -20.0)
     logits[:, [3, 600, 1400]] = 1.0
     logits[:, 9] = 2.0
@@ -200,21 +216,21 @@ def test_top_k_keeps_ties_at_its_threshold() -> None:
     assert set(drawn.tolist()) == {3, 9, 600, 1400}
 
 
-def test_top_p_cuts_ties_by_lowest_id() -> None:
+def test_top_p_cuts_ties_by_lowest_id(sample: Sample) -> None:
     logits = torch.zeros(600, VOCAB)         # all equal: 0.1 of them are the ids 0 ... 149, more than are sorted at first with 0.2
     for top_p, size in ((0.1, 150), (0.2, 300), (0.9, 1350)):
         drawn = sample(logits, rows_of([(params(top_p=top_p), [1], 1, seed) for seed in range(600)])).token_ids
         assert int(drawn.max()) < size and len(set(drawn.tolist())) > size // 4
 
 
-def test_top_p_reached_exactly_takes_no_more() -> None:
+def test_top_p_reached_exactly_takes_no_more(sample: Sample) -> None:
     logits = torch.full((200, VOCAB), -200.0)
     logits[:, [10, 20, 30, 40]] = 0.0
     drawn = sample(logits, rows_of([(params(top_p=0.5), [1], 1, seed) for seed in range(200)])).token_ids
     assert set(drawn.tolist()) == {10, 20}
 
 
-def test_failed_rows_fail_alone() -> None:
+def test_failed_rows_fail_alone(sample: Sample) -> None:
     logits = some_logits(7, seed=3)
     clean = logits.clone()
     logits[0, 5], logits[2, 1499], logits[3] = float("nan"), float("inf"), float("-inf")
@@ -229,7 +245,7 @@ def test_failed_rows_fail_alone() -> None:
     assert sampled.token_ids[[1, 6]].tolist() == undisturbed[[1, 6]].tolist()
 
 
-def test_logits_of_minus_infinity_are_no_error() -> None:
+def test_logits_of_minus_infinity_are_no_error(sample: Sample) -> None:
     logits = torch.full((2, VOCAB), float("-inf"))
     logits[:, 44] = -3.0
     sampled = sample(logits, rows_of([(params(temperature=0.0), [1], 1, 0), (params(), [1], 1, 0)]))
@@ -251,7 +267,7 @@ def test_draw_where_rounding_leaves_nothing_above_the_target() -> None:
     assert drawn.tolist().count(899) > 450 and int(drawn.min()) > 890
 
 
-def test_bad_words_look_at_the_output_alone() -> None:
+def test_bad_words_look_at_the_output_alone(sample: Sample) -> None:
     wanted = params(temperature=0.0, bad_words=[[5, 6, 7]])
     logits = torch.zeros(4, VOCAB)
     logits[:, 7] = 1.0
@@ -260,7 +276,7 @@ def test_bad_words_look_at_the_output_alone() -> None:
     assert found.tolist() == [0, 7, 7, 7]
 
 
-def test_min_tokens_ends_at_its_number() -> None:
+def test_min_tokens_ends_at_its_number(sample: Sample) -> None:
     wanted = params(temperature=0.0, min_tokens=3, eos_token_ids=[9], stop_token_ids=[8])
     logits = torch.zeros(5, VOCAB)
     logits[:, 9], logits[:, 8] = 2.0, 1.0
@@ -285,7 +301,7 @@ def test_noise_takes_seeds_of_64_bits() -> None:
     assert len(set(hash64(seeds, np.zeros(4, np.int64)).tolist())) == 4
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_draws_follow_the_distribution(sample: Sample) -> None:
     count = 20_000
     probabilities = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
     logits = torch.full((1, 64), -60.0)
@@ -301,7 +317,7 @@ def test_draws_follow_the_distribution() -> None:
 def test_every_column_of_params_is_written() -> None:
     """An admission inherits nothing: a dirty row and a fresh one end equal."""
     clean = rows_of([(CASES["plain"], [5], 1, 3)])
-    states = RequestStates(1, MAX_LEN, VOCAB, 4, torch.device("cpu"))
+    states = RequestStates(1, MAX_LEN, VOCAB, 4, CPU)
     for wanted, token_ids, seed in ((CASES["everything"], PROMPT + OUTPUT, 2**64 - 1), (CASES["plain"], [5], 3)):
         states.admit(Admission(0, i32_bytes(token_ids), 1, 0, i32_bytes([3, 2]), wanted, seed), TokenLists.of(wanted))
     for name in PARAMS_DTYPE.names:

@@ -1,18 +1,25 @@
-"""The greedy token against the sampler's."""
+"""The greedy token by the kernels against plain torch."""
 
 import pytest
 import torch
 
-from gpu_worker.kernels.greedy import SEGMENT, Greedy
-from gpu_worker.sampler import _errors
+from gpu_worker.kernels.picker import SEGMENT, KernelPicker
+from gpu_worker.picking import TorchPicker
 from protocol.steps import RowError
 
 VOCAB = 3 * SEGMENT + 37
+NAN, EMPTY = RowError.NAN_LOGITS, RowError.EMPTY_MASK
 
 
 @pytest.fixture(params=[1, 2], ids="{} threads".format)
 def greedy(library, request):
-    return Greedy(library, request.param)
+    picker = KernelPicker(library, request.param)
+
+    def token_ids_and_errors(logits, empty=NAN):
+        sampled = picker.largest(logits, empty)
+        return sampled.token_ids, sampled.errors
+
+    return token_ids_and_errors
 
 
 def logits(rows, vocab=VOCAB):
@@ -41,7 +48,7 @@ def test_a_row_fails_alone(greedy, place, bad):
     expected = x.argmax(1)
     x[1, place] = bad
     token_ids, errors = greedy(x)
-    assert errors.tolist() == [0, RowError.NAN_LOGITS, 0]
+    assert errors.tolist() == [0, NAN, 0]
     assert token_ids[0] == expected[0] and token_ids[2] == expected[2] and 0 <= token_ids[1] < VOCAB
 
 
@@ -49,16 +56,22 @@ def test_masked_logits_are_no_error_unless_all_are(greedy):
     x = logits(2)
     x[0, torch.arange(VOCAB) != 4321] = float("-inf")
     x[1] = float("-inf")
-    token_ids, errors = greedy(x)
-    assert token_ids[0] == 4321 and errors.tolist() == [0, RowError.NAN_LOGITS]
+    token_ids, errors = greedy(x, EMPTY)
+    assert token_ids[0] == 4321 and errors.tolist() == [0, EMPTY]
 
 
-def test_errors_are_the_samplers(greedy):
+@pytest.mark.parametrize("empty", [NAN, EMPTY])
+def test_errors_are_torchs(greedy, empty):
     x = logits(7)
     for row, value in enumerate([float("nan"), float("inf"), float("-inf"), 3.4e38, -3.4e38, 0.0]):
         x[row, 99] = value
     x[6] = float("-inf")
-    largest, expected = x.max(1)
-    token_ids, errors = greedy(x)
-    assert torch.equal(errors, _errors(largest, allowed_none=RowError.NAN_LOGITS))
-    assert torch.equal(token_ids[errors == 0], expected[errors == 0])
+    expected = TorchPicker().largest(x, empty)
+    token_ids, errors = greedy(x, empty)
+    assert torch.equal(errors, expected.errors) and errors[6] == empty
+    assert torch.equal(token_ids[errors == 0], expected.token_ids[errors == 0])
+
+
+def test_rows_that_are_not_contiguous(greedy):
+    x = logits(3, 64)
+    assert torch.equal(greedy(x[:, ::2])[0], x[:, ::2].argmax(1)) and greedy(x[:1].expand(4, 64))[0].tolist() == [x[0].argmax().item()] * 4
