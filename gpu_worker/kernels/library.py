@@ -34,6 +34,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "folo_linear": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
     # logits, rows, n, nan_error, empty_error, scratch, token_ids, errors, threads
     "folo_greedy": (_ADDRESS, _INT, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    # logits, draws, count, n, nan_error, empty_error, scratch, token_ids, errors, threads
+    "folo_draw": (_ADDRESS, _ADDRESS, _INT, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    # n, bytes (out)
+    "folo_draw_scratch_bytes": (_INT, _ADDRESS),
     # model, tokens, bytes (out)
     "folo_decoder_scratch_bytes": (_ADDRESS, _INT, _ADDRESS),
     # model, step

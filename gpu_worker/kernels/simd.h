@@ -55,6 +55,12 @@ inline F32 select_nan(F32 x, F32 if_nan, F32 otherwise) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), otherwise, if_nan);
 }
 
+// One bit a lane, the first one lowest: x ≥ bound (not for NaN).
+inline uint32_t at_least(F32 x, F32 bound) { return _mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ); }
+
+// value where x ≥ bound, else 0.
+inline F32 where_at_least(F32 x, F32 bound, F32 value) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), zero(), value); }
+
 // Lanes begin … end − 1 of x, and `otherwise` in the rest; begin and end may lie outside.
 inline F32 keep_lanes(F32 x, int begin, int end, F32 otherwise) {
     const auto before = [](int lane) { return lane <= 0 ? 0u : lane >= LANES ? 0xffffu : (1u << lane) - 1; };
@@ -113,6 +119,8 @@ inline void narrow_s8(int8_t* p, I32 x) {
 inline F32 select_nan(F32 x, F32 if_nan, F32 otherwise) {
     return _mm256_blendv_ps(otherwise, if_nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
+inline uint32_t at_least(F32 x, F32 bound) { return _mm256_movemask_ps(_mm256_cmp_ps(x, bound, _CMP_GE_OQ)); }
+inline F32 where_at_least(F32 x, F32 bound, F32 value) { return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_GE_OQ), value); }
 
 // Lanes begin … end − 1 of x, and `otherwise` in the rest; begin and end may lie outside.
 inline F32 keep_lanes(F32 x, int begin, int end, F32 otherwise) {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpu_worker.kernels.picker import SEGMENT, KernelPicker
+from gpu_worker.kernels.picker import SEGMENT, SHARED_FROM, KernelPicker
 from gpu_worker.picking import TorchPicker
 from protocol.steps import RowError
 
@@ -31,6 +31,12 @@ def test_the_largest(greedy, vocab):
     x = logits(5, vocab)
     token_ids, errors = greedy(x)
     assert torch.equal(token_ids, x.argmax(1)) and not errors.any()
+
+
+def test_many_rows(greedy):
+    x = logits(64)
+    x[::3] = x[::3].round()
+    assert x.numel() >= SHARED_FROM and torch.equal(greedy(x)[0], TorchPicker().largest(x, NAN).token_ids)
 
 
 @pytest.mark.parametrize("places", [(0, 1), (3, VOCAB - 1), (SEGMENT - 1, SEGMENT), (2 * SEGMENT, 2 * SEGMENT + 5), (VOCAB - 2, VOCAB - 1)])
