@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpu_worker.models.spec import ModelError
+from gpu_worker.picking import TorchPicker
 from gpu_worker.startup import NO_ROW_PADDING, LoadedWorker, load_worker
 from protocol.config import EngineConfig, ModelConfig, SchedulerConfig
 from tiny_models import write_tiny_llama
@@ -43,6 +44,17 @@ def test_fingerprint_names_the_numbers(tiny_llama_dir: Path) -> None:
     same = load(tiny_llama_dir).numerics_fingerprint
     assert load(tiny_llama_dir, SchedulerConfig(max_num_seqs=1)).numerics_fingerprint == same
     assert load(tiny_llama_dir, dtype="bfloat16").numerics_fingerprint != same
+
+
+def test_fingerprint_names_who_draws_tokens(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels do not know heads of 8: with and without them, all else is computed by torch."""
+    worker = load(tiny_llama_dir)
+    if worker.runner.model.picker.name == TorchPicker.name:
+        pytest.skip("there are no kernels here")
+    monkeypatch.setenv("FOLOVLLM_DISABLE_KERNELS", "1")
+    without = load(tiny_llama_dir)
+    assert without.runner.model.picker.name == TorchPicker.name and without.runner.model.attention.name == worker.runner.model.attention.name
+    assert without.numerics_fingerprint != worker.numerics_fingerprint
 
 
 def test_what_it_does_without_is_told_once_all_is_well(tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
