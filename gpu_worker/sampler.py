@@ -38,13 +38,12 @@ def sample(logits: Tensor, rows: SamplingRows, picker: Picker) -> Sampled:
 def _picked(logits: Tensor, rows: SamplingRows, random: np.ndarray, picker: Picker, empty: RowError) -> Sampled:
     """One draw for the rows that are ``random`` (bool [n]), the largest logit's token for the others."""
     which = np.flatnonzero(random)
-    sampled = None if len(which) == len(random) else picker.largest(logits, empty)
     if not len(which):
-        return sampled
+        return picker.largest(logits, empty)
     params = rows.params[which]
     drawn = picker.random(logits, which, params, uniforms(params["seed"], rows.num_tokens[which]), empty)
-    if sampled is None:
+    if len(which) == len(random):
         return drawn
-    place = torch.from_numpy(which).to(logits.device)
+    sampled, place = picker.largest(logits, empty), torch.from_numpy(which).to(logits.device)
     sampled.token_ids[place], sampled.errors[place] = drawn.token_ids, drawn.errors
     return sampled
