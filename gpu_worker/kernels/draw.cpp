@@ -20,7 +20,7 @@ struct Row {
     int32_t n, width;               // width: n in whole tiles
     float temperature, top;         // top: the largest scaled logit
     double* bins;                   // [BINS]
-    double* tiles;                  // [width / TILE], cumulative
+    double* tiles;                  // [width / DRAW_TILE], cumulative
     float* values;                  // [width]
     float* kept;                    // [width]
     int32_t* ids;                   // [width]
@@ -61,14 +61,14 @@ F32 weight(const Row& row, F32 scaled) {
 void weigh_all(Row& row) {
     const F32 temperature = set1(row.temperature);
     double total = 0;
-    for (int begin = 0; begin < row.width; begin += TILE) {
+    for (int begin = 0; begin < row.width; begin += DRAW_TILE) {
         F32 sum = zero();
-        for (int i = begin; i < begin + TILE; i += LANES) {
+        for (int i = begin; i < begin + DRAW_TILE; i += LANES) {
             const F32 weights = weight(row, div(logits_at(row, i), temperature));
             store(row.values + i, weights);
             sum = add(sum, weights);
         }
-        row.tiles[begin / TILE] = total += sum_of(sum);
+        row.tiles[begin / DRAW_TILE] = total += sum_of(sum);
     }
 }
 
@@ -171,18 +171,18 @@ int64_t drawn_of_list(const Row& row, double noise) {
 
 // The same of all ids.
 int64_t drawn_of_all(const Row& row, double noise) {
-    const double target = noise * row.tiles[row.width / TILE - 1];
+    const double target = noise * row.tiles[row.width / DRAW_TILE - 1];
     double start = 0;
     int tile = -1;
-    for (int t = 0; t < row.width / TILE && (tile < 0 || row.tiles[tile] <= target); ++t) {
+    for (int t = 0; t < row.width / DRAW_TILE && (tile < 0 || row.tiles[tile] <= target); ++t) {
         const double before = t ? row.tiles[t - 1] : 0.0;
         if (row.tiles[t] > before) tile = t, start = before;
     }
     int64_t last = -1;
-    for (int i = 0; tile >= 0 && i < TILE; ++i) {
-        const float value = row.values[tile * TILE + i];
+    for (int i = 0; tile >= 0 && i < DRAW_TILE; ++i) {
+        const float value = row.values[tile * DRAW_TILE + i];
         if (value == 0) continue;
-        last = tile * TILE + i;
+        last = tile * DRAW_TILE + i;
         if ((start += value) > target) break;
     }
     return last;
@@ -196,12 +196,12 @@ int64_t drawn(Row& row, const Draw& asked) {
         weigh_all(row);
         if (asked.min_p <= 0 && asked.top_p >= 1) return drawn_of_all(row, asked.noise);
         // Where all that is lighter weighs 1 − top_p at most, top_p drops it; a millionth is left to rounding.
-        const double lightest = (1 - asked.top_p - 1e-6) * row.tiles[row.width / TILE - 1] / row.n;
+        const double lightest = (1 - asked.top_p - 1e-6) * row.tiles[row.width / DRAW_TILE - 1] / row.n;
         gather(row, std::fmax(asked.min_p > 0 ? asked.min_p : static_cast<float>(lightest), FLT_MIN));
     }
     if (asked.top_p < 1) {
         const bool of_all = asked.min_p <= 0 && (asked.top_k <= 0 || asked.top_k >= row.n);
-        keep_top_p(row, asked.top_p * (of_all ? row.tiles[row.width / TILE - 1] : total_of(row)));
+        keep_top_p(row, asked.top_p * (of_all ? row.tiles[row.width / DRAW_TILE - 1] : total_of(row)));
     }
     return drawn_of_list(row, asked.noise);
 }
@@ -210,7 +210,7 @@ Row row_at(const DrawArguments& a, const Draw& asked, int rank) {
     Row row{a.logits + (int64_t)asked.row * a.n, a.n, static_cast<int32_t>(draw_width(a.n)), asked.temperature};
     row.bins = reinterpret_cast<double*>(a.scratch + rank * draw_scratch_bytes(a.n));
     row.tiles = row.bins + BINS;
-    row.values = reinterpret_cast<float*>(row.tiles + row.width / TILE);
+    row.values = reinterpret_cast<float*>(row.tiles + row.width / DRAW_TILE);
     row.kept = row.values + row.width;
     row.ids = reinterpret_cast<int32_t*>(row.kept + row.width);
     return row;

@@ -17,7 +17,7 @@
 
 namespace folo {
 
-constexpr int TILE = 1024;          // ids
+constexpr int DRAW_TILE = 1024;          // ids
 constexpr int BINS = 2048;          // of a radix
 constexpr int BLOCK = 32;           // logits that share a largest one: a lane of as many vectors
 
@@ -31,10 +31,10 @@ struct Draw {
     int32_t row;                    // of the logits
 };
 
-inline int64_t draw_width(int64_t n) { return (n + TILE - 1) / TILE * TILE; }
+inline int64_t draw_width(int64_t n) { return (n + DRAW_TILE - 1) / DRAW_TILE * DRAW_TILE; }
 
 // Of one thread: bins and tiles in double, then weights, those kept, and their ids.
-inline int64_t draw_scratch_bytes(int64_t n) { return 8 * (BINS + draw_width(n) / TILE) + 12 * draw_width(n); }
+inline int64_t draw_scratch_bytes(int64_t n) { return 8 * (BINS + draw_width(n) / DRAW_TILE) + 12 * draw_width(n); }
 
 struct DrawArguments {
     const float* logits;            // [any, n]
