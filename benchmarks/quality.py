@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py
 
-Ordinary text, licences and Python's library sources, in windows of 1,024 tokens goes through the
-engine with prompt_logprobs=1: the logprob of each token that comes next, and the most likely one,
+Ordinary text in windows of 1,024 tokens, Python's licence and library sources and beside them other
+licences, which the model finds harder, goes through the engine with prompt_logprobs=1: the logprob of each token that comes next, and the most likely one,
 from the engine's own float32 logits.  Every mode is compared with the float32 model; the default
 model came as 4-bit blocks, so for int4 too these are the same weights.
 """
@@ -16,6 +16,7 @@ import math
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,10 @@ class Measured:
 
     losses: np.ndarray         # float64 [windows, tokens - 1]: −logprob of the token that comes
     choices: np.ndarray        # int64, likewise: the most likely token
-    seconds: float
+    seconds: float             # of all windows
+
+    def part(self, windows: slice) -> Measured:
+        return Measured(self.losses[windows], self.choices[windows], self.seconds)
 
     @property
     def perplexity(self) -> float:
@@ -66,11 +70,9 @@ class Measured:
         return 100 * float((self.choices == reference.choices).mean())
 
 
-def documents() -> tuple[list[str], list[str]]:
-    """(licences, library sources) that this machine has."""
-    library, licences = Path(sysconfig.get_paths()["stdlib"]), Path("/usr/share/common-licenses")
-    paths = ([library / "LICENSE.txt", *(licences / name for name in LICENCES)], [library / name for name in SOURCES])
-    return tuple([path.read_text(encoding="utf-8") for path in kind if path.is_file()] for kind in paths)
+def documents(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those that this machine has."""
+    return [(folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()]
 
 
 def windows(documents: list[list[int]], count: int, length: int) -> list[list[int]]:
@@ -83,11 +85,17 @@ def windows(documents: list[list[int]], count: int, length: int) -> list[list[in
     return in_turn[:count]
 
 
-def ordinary_text(model_dir: Path, count: int, length: int) -> list[list[int]]:
-    """Half of the windows from licences, half from sources."""
-    tokenizer = Tokenizer(model_dir)
-    licences, sources = ([tokenizer.encode(text) for text in kind] for kind in documents())
-    return windows(licences, count // 2, length) + windows(sources, count - count // 2, length)
+def ordinary_texts(model_dir: Path, count: int, count_others: int, length: int) -> dict[str, list[list[int]]]:
+    """Windows by the name of their text."""
+    tokenizer, library = Tokenizer(model_dir), Path(sysconfig.get_paths()["stdlib"])
+
+    def cut(folder: Path, names: Sequence[str], wanted: int) -> list[list[int]]:
+        return windows([tokenizer.encode(text) for text in documents(folder, names)], wanted, length)
+
+    of_licence = min(2, count)
+    texts = {"Python's licence and library": cut(library, ["LICENSE.txt"], of_licence) + cut(library, SOURCES, count - of_licence),
+             "other licences": cut(Path("/usr/share/common-licenses"), LICENCES, count_others)}
+    return {name: found for name, found in texts.items() if found}
 
 
 def measure(mode: Mode, work: list[list[int]], threads: int | None, model: str) -> Measured:
@@ -109,7 +117,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours", type=parse_mode, action="append", metavar="'NAME: KEY=VALUE ...'",
                         help=f"a mode, flags of launch.py; repeatable (default: {'; '.join(OURS)})")
-    parser.add_argument("--windows", type=int, default=20, help="pieces of text (default: 20, which makes 20,460 predictions)")
+    parser.add_argument("--windows", type=int, default=30, help="pieces of Python's text (default: 30, which makes 30,690 predictions)")
+    parser.add_argument("--other-windows", type=int, default=10, help="of the other licences (default: 10)")
     parser.add_argument("--tokens", type=int, default=1024, help="of a window (default: 1024)")
     parser.add_argument("--threads", type=int, help="of the worker (default: all cores)")
     parser.add_argument("--model", default="default", help="'default', or a checkpoint directory")
@@ -117,10 +126,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def add(report: Report, text: str, mode: str, found: Measured, reference: Measured) -> None:
+    values = (found.perplexity, found.change(reference), found.change_error(reference), found.agreement(reference), found.seconds)
+    for metric, value in zip(METRICS, values, strict=True):
+        report.add(text, mode, metric.name, value)
+    progress(f"quality, {mode}, {text}: perplexity {found.perplexity:.4f}, {values[1]:+.2f} % (± {values[2]:.2f}), agreement {values[3]:.2f} %")
+
+
 def main() -> None:
     arguments = parse()
     model_dir = directory() if arguments.model == "default" else Path(arguments.model)
-    work = ordinary_text(model_dir, arguments.windows, arguments.tokens)
+    texts = ordinary_texts(model_dir, arguments.windows, arguments.other_windows, arguments.tokens)
+    work = [ids for found in texts.values() for ids in found]
     digest = hashlib.sha256(np.array(work, dtype="<i4").tobytes()).hexdigest()[:16]
     shown = {name: str(value) for name, value in vars(arguments).items() if name != "ours"}
     report = Report("quality", "text", METRICS, shown, wide=True)
@@ -130,10 +147,11 @@ def main() -> None:
         found = measure(mode, work, arguments.threads, arguments.model)
         reference = reference or found
         report.engines[mode.name] = mode.flags
-        values = (found.perplexity, found.change(reference), found.change_error(reference), found.agreement(reference), found.seconds)
-        for metric, value in zip(METRICS, values, strict=True):
-            report.add("licences and sources", mode.name, metric.name, value)
-        progress(f"quality, {mode.name}: perplexity {found.perplexity:.4f}, {values[1]:+.2f} % (± {values[2]:.2f}), agreement {values[3]:.2f} %")
+        first = 0
+        for name, pieces in texts.items():
+            part = slice(first, first + len(pieces))
+            add(report, name, mode.name, found.part(part), reference.part(part))
+            first = part.stop
     report.finish(arguments.out)
 
 
