@@ -20,7 +20,15 @@ LAST_NOISE = 1 - 2.0**-53
 
 @pytest.fixture(params=[1, 2], ids="{} threads".format)
 def picker(library, request):
+    if "emulated" in library.level and (request.param == 1 or library.level.endswith("base")):
+        pytest.skip("the same code as with two threads, and with instructions for products")
     return KernelPicker(library, request.param)
+
+
+@pytest.fixture
+def many(library):
+    """Draws enough for a statistic."""
+    return 4_000 if "emulated" in library.level else 20_000
 
 
 def asked(count=1, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -107,9 +115,9 @@ def test_top_p_reached_exactly_takes_no_more(picker):
     assert set(tokens(picker, x, asked(top_p=0.5), np.linspace(0, LAST_NOISE, 50)).tolist()) == {10, 20}
 
 
-def test_top_p_that_drops_less_than_rounding(picker):
-    drawn = tokens(picker, logits(1, scale=0.01), asked(top_p=1 - 1e-12), np.linspace(0, LAST_NOISE, 20_000))
-    assert len(set(drawn.tolist())) > VOCAB * 0.9
+def test_top_p_that_drops_less_than_rounding(picker, many):
+    drawn = tokens(picker, logits(1, scale=0.01), asked(top_p=1 - 1e-12), np.linspace(0, LAST_NOISE, many))
+    assert len(set(drawn.tolist())) > 0.9 * min(VOCAB, many)
 
 
 @pytest.mark.parametrize("min_p", [1e-6, 0.02, 0.5, 1.0])
@@ -173,9 +181,9 @@ def test_alone_and_among_63_others(library):
         assert KernelPicker(library, threads).random(x, some, params[some], noise[some], NAN).token_ids.tolist() == [alone[i] for i in some]
 
 
-def test_draws_follow_the_distribution(picker):
+def test_draws_follow_the_distribution(picker, many):
     """chi² over tokens and the rest: 40 and a few degrees of freedom, p < 1e-4 beyond 80."""
-    x, noise = logits(1, scale=2.0), np.random.default_rng(5).random(20_000)
+    x, noise = logits(1, scale=2.0), np.random.default_rng(5).random(many)
     for fields in ({}, {"top_k": 40}, {"top_p": 0.8}):
         weights = torchs_weights(x, asked(**fields))
         shares = weights / weights.sum()
