@@ -1,14 +1,16 @@
 """Same request, same tokens: the same requests under every circumstance, compared as hex.
 
 ``python -m tests.integration.determinism_matrix`` runs all of it (16 requests, 64 tokens) and
-prints a table, for ``--dtype`` and ``--quantization`` as given; ``test_determinism`` runs a reduced one.  What is compared: token ids, logprobs
-and the best five logprobs of every position.
+prints a table, for ``--dtype``, ``--quantization`` and ``--kv-cache-dtype`` as given;
+``test_determinism`` runs a reduced one.  What is compared: token ids, logprobs and the best five
+logprobs of every position.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import sysconfig
 import time
@@ -24,9 +26,10 @@ from protocol import config
 LONGEST_PROMPT = 1200        # tokens
 BLOCK = 32                   # tokens
 HOG_TOKENS = 32              # output of a hog: it grows from one block to two
+BUSY = "import time\nend_s = time.monotonic() + 3600\nwhile time.monotonic() < end_s: pass"
 
 UNCACHED = {"enable_prefix_caching": False}
-ARITHMETIC = ["dtype", "quantization"]      # settings that choose one: flags of the command line
+ARITHMETIC = ["dtype", "quantization", "kv_cache_dtype"]      # settings that choose one: flags of the command line
 
 Print = list[tuple]          # one entry a position: token id, its logprob and the best five, as hex
 Record = dict[int, Print]    # by request
@@ -143,6 +146,20 @@ def guessed_at(engine: LLMEngine, work: Workload) -> Record:
     return record
 
 
+def beside_busy(count: int) -> Callable[[LLMEngine, Workload], Record]:
+    """``among_others``, while as many threads of others are busy all the time."""
+    def run(engine: LLMEngine, work: Workload) -> Record:
+        busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
+        try:
+            return among_others(engine, work)
+        finally:
+            for each in busy:
+                each.kill()
+                each.wait()
+
+    return run
+
+
 def own_blocks(work: Workload) -> int:
     return sum(-(-len(prompt) // BLOCK) for prompt in work.prompts)
 
@@ -194,6 +211,12 @@ CIRCUMSTANCES = [
     Circumstance("speculation", uncached(speculative="ngram", prompt_lookup_min=1), guessed_at),
 ]
 
+FULL_ONLY = [
+    Circumstance("one thread", uncached(num_threads=1), among_others),
+    Circumstance("1 thread busy elsewhere", uncached(), beside_busy(1)),
+    Circumstance("2 threads busy elsewhere", uncached(), beside_busy(2)),
+]
+
 
 def measure(model: str, circumstances: list[Circumstance], work: Workload, **settings: object) -> Iterator[tuple[str, Record, float]]:
     """(name, record, seconds) of each; neighbours with the same settings share an engine."""
@@ -235,7 +258,7 @@ def main() -> int:
           f" {arguments.max_tokens} output tokens, row padding {padding}\n")
     print("| circumstance | compared | different | seconds |\n|---|---|---|---|")
     chosen = {name: getattr(arguments, name) for name in ARITHMETIC if hasattr(arguments, name)}
-    for name, record, seconds in measure(arguments.model, [ALONE, *CIRCUMSTANCES], work, **chosen):
+    for name, record, seconds in measure(arguments.model, [ALONE, *CIRCUMSTANCES, *FULL_ONLY], work, **chosen):
         reference = reference or record
         different = differences(reference, record)
         failed |= bool(different)

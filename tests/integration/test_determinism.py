@@ -38,7 +38,8 @@ def transformers_records(tmp_path_factory):
     return small_records(write_gpt_neox(tmp_path_factory.mktemp("neox")), dtype="bfloat16")
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+@pytest.fixture(scope="module", params=[{"quantization": "int8"}, {"quantization": "int4", "kv_cache_dtype": "int8"}],
+                ids=lambda settings: " ".join(settings.values()))
 def quantized_records(request, tmp_path_factory):
     from tiny_models import write_byte_tokenizer, write_tiny_llama
 
@@ -47,7 +48,7 @@ def quantized_records(request, tmp_path_factory):
     write_byte_tokenizer(model_dir)
     with pytest.MonkeyPatch.context() as patch:
         use_private_cache(patch, tmp_path_factory.mktemp("cache"))
-        return small_records(model_dir, quantization=request.param)
+        return small_records(model_dir, **request.param)
 
 
 def check(records, name):
