@@ -48,7 +48,7 @@ def deliver_again(live: LiveRequests, channel: Channel, request: Request, have: 
     if due and not running:
         channel.outputs([request], now_ns, parts)
     elif due or parts:
-        _send_rows(live, channel, np.array([row] if due else [], np.int32), parts, now_ns)
+        _send_rows(live, channel, np.array([row] if due else [], np.intp), parts, now_ns)
 
 
 def _send_rows(live: LiveRequests, channel: Channel, rows: np.ndarray, parts: PromptRows | None, now_ns: int) -> None:

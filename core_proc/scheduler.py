@@ -67,7 +67,7 @@ class Scheduler(SchedulerInterface):
         live, columns = self.live, self.live.rows
         rows = live.order
         if limits.only is not None:
-            rows = np.array([r.req_idx for r in live.running if r in limits.only], np.int32)
+            rows = np.array([r.req_idx for r in live.running if r in limits.only], np.intp)
         expected = columns.num_tokens[rows] + columns.in_flight[rows]
         left = expected - columns.num_computed[rows]
         room = columns.max_total[rows] - expected

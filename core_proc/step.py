@@ -23,7 +23,7 @@ class StepLimits:
 class ScheduledStep:
     """Entries in the plan's order: decodes first, then prefill chunks."""
 
-    rows: np.ndarray             # i32[R] req_idx
+    rows: np.ndarray             # intp[R] req_idx
     starts: np.ndarray           # i32[R] tokens computed before
     num_tokens: np.ndarray       # i32[R] in each of ``num_steps``, drafts counted
     samples: np.ndarray          # bool[R]
@@ -40,7 +40,7 @@ class Step:
     """Positional, like plan and result: entry i is row i of the plan."""
 
     step_id: int
-    rows: np.ndarray                 # i32[R] req_idx
+    rows: np.ndarray                 # intp[R] req_idx
     serials: np.ndarray              # i64[R] admission that the row had: another one there now is a stranger
     starts: np.ndarray               # i32[R] tokens computed before
     num_tokens: np.ndarray           # i32[R] tokens of this plan, of all its steps

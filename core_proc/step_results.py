@@ -31,7 +31,7 @@ class BadResult(RuntimeError):
 class Outcome:
     """What the step changed, for delivery."""
 
-    rows: np.ndarray                                           # i32: still running, gained tokens
+    rows: np.ndarray                                           # intp: still running, gained tokens
     late: list[Request] = field(default_factory=list)          # preempted meanwhile, gained tokens
     finished: list[Request] = field(default_factory=list)
     first_tokens: list[Request] = field(default_factory=list)
