@@ -7,6 +7,7 @@ arrives becomes a message, a ``Reject`` (a hostile or damaged frame) or an
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -71,13 +72,14 @@ class ColumnError(ValueError):
 
 
 def i32_bytes(values: Any) -> bytes:
-    """Integers as little-endian int32 bytes; a value outside int32 raises OverflowError."""
-    if isinstance(values, np.ndarray) and values.dtype == np.int32:
+    """Integers (a flat sequence, or an array) as little-endian int32 bytes; a value outside int32 raises OverflowError."""
+    if not isinstance(values, np.ndarray):
+        return array("i", values).tobytes()
+    if values.dtype == np.int32:
         return values.tobytes()
-    wide = np.asarray(values, dtype=np.int64)
-    if wide.size and (wide.min() < -(2**31) or wide.max() >= 2**31):
+    if values.size and (values.min() < -(2**31) or values.max() >= 2**31):
         raise OverflowError("value does not fit into int32")
-    return wide.astype("<i4").tobytes()
+    return values.astype("<i4").tobytes()
 
 
 def f32_bytes(values: Any) -> bytes:
