@@ -59,12 +59,21 @@ class KVCacheManager:
         self.pool.take(hits)
         return hits + self.pool.allocate(max(0, num_blocks - len(hits)))
 
+    def missing(self, rows: np.ndarray, num_tokens: np.ndarray | int) -> np.ndarray:
+        """Blocks that each of ``rows`` lacks to compute ``num_tokens`` more: i32[n]."""
+        columns, size = self.rows, self.block_size
+        after = columns.num_computed[rows] + num_tokens
+        return np.maximum((after + (size - 1)) // size - columns.num_blocks[rows], 0)
+
     def grow(self, rows: np.ndarray, need: np.ndarray) -> np.ndarray:
         """``need[i]`` more blocks for ``rows[i]``: i32[k, 2] (req_idx, block_id)."""
-        growing = np.repeat(rows[need > 0], need[need > 0])
-        new = np.array(self.pool.allocate(len(growing)), np.int32)
-        self.rows.append_blocks(growing, new)
-        return np.stack([growing.astype(np.int32), new], axis=1)
+        at = need.nonzero()[0]
+        growing = rows[at].repeat(need[at])
+        pairs = np.empty((len(growing), 2), np.int32)
+        if len(growing):
+            pairs[:, 0], pairs[:, 1] = growing, self.pool.allocate(len(growing))
+            self.rows.append_blocks(pairs)
+        return pairs
 
     def publish(self, request: Request) -> None:
         """Offer the blocks whose K/V is confirmed and whose tokens are known."""

@@ -100,7 +100,7 @@ class NgramDrafts(DraftSource):
     def _reserve(self, rows: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(drafts for which there is place, further blocks); counted as under way."""
         live, columns, size = self._live, self._live.rows, self._live.kv.block_size
-        missing = np.maximum(-(-(columns.num_computed[rows] + count) // size) - columns.num_blocks[rows], 0)
+        missing = live.kv.missing(rows, count)
         short = np.cumsum(missing) > live.kv.num_free
         here = columns.num_blocks[rows] * size - columns.num_computed[rows]        # places in blocks that they have
         count = np.where(short, np.minimum(count, here), count)

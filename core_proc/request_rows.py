@@ -92,8 +92,8 @@ class RequestRows:
     def blocks_of(self, row: int) -> list[int]:
         return self.block_table[row, :self.num_blocks[row]].tolist()
 
-    def append_blocks(self, rows: np.ndarray, block_ids: np.ndarray) -> None:
-        """One block each; a row that needs several comes several times, in order."""
-        for row, block_id in zip(rows.tolist(), block_ids.tolist(), strict=True):
+    def append_blocks(self, pairs: np.ndarray) -> None:
+        """``pairs``: i32[k, 2] (row, block_id); a row that needs several comes several times, in order."""
+        for row, block_id in pairs.tolist():
             self.block_table[row, self.num_blocks[row]] = block_id
             self.num_blocks[row] += 1

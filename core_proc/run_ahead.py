@@ -23,7 +23,7 @@ def run_ahead(live: LiveRequests, step: ScheduledStep, most: int) -> ScheduledSt
     rows, columns = step.rows, live.rows
     may_sample = columns.max_total[rows] - columns.num_tokens[rows] - columns.in_flight[rows]
     more = min(most - 1, int(may_sample.min()))
-    while more > 0 and int((missing := _missing_blocks(live, rows, more)).sum()) > live.kv.num_free:
+    while more > 0 and int((missing := live.kv.missing(rows, more)).sum()) > live.kv.num_free:
         more -= 1
     if more <= 0:
         return step
@@ -35,9 +35,3 @@ def run_ahead(live: LiveRequests, step: ScheduledStep, most: int) -> ScheduledSt
 
 def _decodes_only(step: ScheduledStep) -> bool:
     return len(step.rows) > 0 and bool(step.samples.all()) and bool((step.num_tokens == 1).all())
-
-
-def _missing_blocks(live: LiveRequests, rows: np.ndarray, more: int) -> np.ndarray:
-    columns, size = live.rows, live.kv.block_size
-    blocks = (columns.num_computed[rows] + more + size - 1) // size
-    return np.maximum(blocks - columns.num_blocks[rows], 0)

@@ -41,21 +41,22 @@ class Scheduler(SchedulerInterface):
         self.drafts = drafts
 
     def schedule(self, limits: StepLimits) -> ScheduledStep:
+        live = self.live
         rows, num_tokens, missing, preempted = self._plan_running(limits)
-        grow = self.live.kv.grow(rows, missing)
-        if not num_tokens.all():
+        grow = live.kv.grow(rows, missing)
+        if np.count_nonzero(num_tokens) < len(rows):
             chosen = num_tokens > 0
             rows, num_tokens = rows[chosen], num_tokens[chosen]
         starts, samples = self._advance(rows, num_tokens)
         admitted: list[Request] = []
-        if not preempted:    # what was taken from one must not go to the next
+        if len(live.waiting) and not preempted:    # what was taken from one must not go to the next
             admitted, *columns = self._admit(limits, int(num_tokens.sum()))
             if admitted:
                 rows, num_tokens, starts, samples = (
                     np.concatenate(pair) for pair in zip((rows, num_tokens, starts, samples), columns, strict=True))
         step = ScheduledStep(*_decodes_first(rows, starts, num_tokens, samples), grow, admitted, preempted)
         step = self.drafts.add_to(step, limits)
-        return step if self.drafts.guesses_at(step.rows) else run_ahead(self.live, step, limits.num_steps)
+        return step if self.drafts.guesses_at(step.rows) else run_ahead(live, step, limits.num_steps)
 
     def some_need_their_samples(self) -> bool:
         held = np.zeros(len(self.live.order), bool)
@@ -70,12 +71,12 @@ class Scheduler(SchedulerInterface):
             rows = np.array([r.req_idx for r in live.running if r in limits.only], np.intp)
         expected = columns.num_tokens[rows] + columns.in_flight[rows]
         left = expected - columns.num_computed[rows]
-        room = columns.max_total[rows] - expected
-        held = room < 1                        # its last sample is under way ...
-        self.drafts.hold(rows, held)           # ... or one that has to be known first
-        left[held & (left == 1)] = 0
+        held = expected >= columns.max_total[rows]     # its last sample is under way ...
+        self.drafts.hold(rows, held)                   # ... or one that has to be known first
+        if np.count_nonzero(held):
+            left[held & (left == 1)] = 0
         num_tokens = share_budget(left, limits.num_tokens)
-        missing = self._missing_blocks(rows, num_tokens)
+        missing = live.kv.missing(rows, num_tokens)
         preempted: list[Request] = []
         while int(missing.sum()) > live.kv.num_free:
             victim = live.running[-1]
@@ -87,31 +88,37 @@ class Scheduler(SchedulerInterface):
             preempted.append(victim)
         return rows, num_tokens, missing, preempted
 
-    def _missing_blocks(self, rows: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
-        columns, size = self.live.rows, self.live.kv.block_size
-        blocks = (columns.num_computed[rows] + num_tokens + size - 1) // size
-        return np.where(num_tokens > 0, np.maximum(blocks - columns.num_blocks[rows], 0), 0)
-
     def _advance(self, rows: np.ndarray, num_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens computed before, whether the row samples); counts the step as under way."""
         columns, size = self.live.rows, self.live.kv.block_size
-        starts = columns.num_computed[rows]
+        starts, known, in_flight = columns.num_computed[rows], columns.num_tokens[rows], columns.in_flight[rows]
         after = starts + num_tokens
-        samples = after == columns.num_tokens[rows] + columns.in_flight[rows]
+        samples = after == known + in_flight
         columns.num_computed[rows] = after
-        columns.in_flight[rows] += samples
+        columns.in_flight[rows] = in_flight + samples
         columns.steps[rows] += 1
-        known = np.minimum(after, columns.num_tokens[rows])
-        for i in np.flatnonzero(known // size > starts // size):
+        known = np.minimum(after, known)
+        for i in (known // size > starts // size).nonzero()[0].tolist():
             self.live.kv.note_writer(columns.request[rows[i]], int(starts[i]), int(known[i]))
         return starts, samples
+
+    def _advance_admitted(self, request: Request, start: int, num_tokens: int) -> bool:
+        """The same for one that has just been given its row: whether it samples."""
+        columns, row, after = self.live.rows, request.req_idx, start + num_tokens
+        samples = bool(after == columns.num_tokens[row])       # none is under way
+        columns.num_computed[row] = after
+        columns.in_flight[row] += samples
+        columns.steps[row] += 1
+        self.live.kv.note_writer(request, start, after)
+        return samples
 
     def _admit(self, limits: StepLimits, spent: int) -> tuple[list[Request], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(requests admitted, their rows, tokens, starts, samples), in the total order."""
         live, kv = self.live, self.live.kv
         budget, passed_over = limits.num_tokens - spent, 0
         admitted: list[Request] = []
-        entries: list[tuple[int, int, int, bool]] = []
+        entries: list[tuple[int, int, int]] = []
+        samples: list[bool] = []
         for request in live.waiting:
             full = len(live.running) >= limits.num_rows or not live.rows.num_free
             if full or budget <= 0 or passed_over >= MAX_PASSED_OVER:
@@ -129,17 +136,18 @@ class Scheduler(SchedulerInterface):
             start = len(hits) * kv.block_size
             count = min(request.num_tokens - start, budget)
             live.admit(request, hits, kv.blocks_for(start + count))
-            _, samples = self._advance(np.array([request.req_idx]), np.array([count]))
             admitted.append(request)
-            entries.append((request.req_idx, count, start, bool(samples[0])))
+            entries.append((request.req_idx, count, start))
+            samples.append(self._advance_admitted(request, start, count))
             budget -= count
-        table = np.array(entries, np.int32).reshape(-1, 4)
-        return admitted, table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(bool)
+        table = np.array(entries, np.int32).reshape(-1, 3)
+        return admitted, table[:, 0], table[:, 1], table[:, 2], np.array(samples, bool)
 
 
 def _decodes_first(rows: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, ...]:
     is_chunk = num_tokens > 1
-    if not (is_chunk[:-1] & ~is_chunk[1:]).any():
+    num_chunks = np.count_nonzero(is_chunk)
+    if np.count_nonzero(is_chunk[len(rows) - num_chunks:]) == num_chunks:
         return rows, starts, num_tokens, samples
     order = np.argsort(is_chunk, kind="stable")
     return rows[order], starts[order], num_tokens[order], samples[order]
@@ -152,7 +160,7 @@ def share_budget(left: np.ndarray, budget: int) -> np.ndarray:
     behind it, but takes one at least.
     """
     num_tokens = np.minimum(left, 1)
-    if len(left) <= budget and not (left > 1).any():
+    if len(left) <= budget and not np.count_nonzero(left > 1):
         return num_tokens
     decodes_before = np.cumsum(left == 1) - (left == 1)
     num_decodes, spent = int((left == 1).sum()), 0
