@@ -30,7 +30,7 @@ class Stats:
     def step_done(self, step: Step, result: StepResult) -> None:
         self.steps_done += 1
         self.tokens += len(result.token_ids) // 4
-        self.computed_tokens += int(step.num_tokens.sum())
+        self.computed_tokens += step.total_tokens
         if step.num_drafts is not None:
             guessed = step.num_drafts > 0
             self.draft_tokens += int(step.num_drafts.sum())

@@ -52,6 +52,11 @@ class Step:
     predicted_us: float | None = None                            # by ``StepClock``, as is ``shape``; None: it cannot say
     departed: dict[int, Request] = field(default_factory=dict)   # entry → request that has left its row since
 
+    @property
+    def total_tokens(self) -> int:
+        """Of all entries and steps, once ``shape`` is known."""
+        return self.shape[0] * self.num_steps + self.shape[1]
+
     @classmethod
     def of(cls, step_id: int, scheduled: ScheduledStep, serials: np.ndarray) -> Step:
         """What to remember of a step that was decided."""
@@ -64,6 +69,5 @@ class Step:
 
     def note_departure(self, request: Request) -> None:
         """``request`` is about to leave its row; its late tokens must still find it."""
-        at = np.flatnonzero((self.rows == request.req_idx) & (self.serials == request.serial))
-        if at.size:
-            self.departed[int(at[0])] = request
+        for at in (self.serials == request.serial).nonzero()[0].tolist():
+            self.departed[at] = request

@@ -52,7 +52,7 @@ class StepTokens:
     def read(cls, step: Step, result: StepResult) -> StepTokens:
         """Raises BadResult, ColumnError."""
         num_out = i32_column(result.num_out, len(step.rows), "num_out")
-        errors = dict(i32_column(result.row_errors).reshape(-1, 2).tolist())
+        errors = dict(i32_column(result.row_errors).reshape(-1, 2).tolist()) if result.row_errors else {}
         wrong = num_out != step.samples
         if step.num_drafts is not None:
             wrong &= (step.num_drafts == 0) | (num_out < 1) | (num_out > step.samples)
@@ -60,10 +60,11 @@ class StepTokens:
             if not 0 <= at < len(wrong):
                 raise BadResult(f"step {step.step_id}: an error of entry {at}, which it does not have")
             wrong[at] = not 0 <= num_out[at] < max(1, step.samples[at])
-        if wrong.any():
+        if np.count_nonzero(wrong):
             raise BadResult(f"step {step.step_id}: other tokens than those that it samples")
-        ids = i32_column(result.token_ids, int(num_out.sum()), "token_ids")
-        return cls(num_out, np.cumsum(num_out) - num_out, ids, errors, _logprob_columns(result.logprobs, len(ids)))
+        end = num_out.cumsum()
+        ids = i32_column(result.token_ids, int(end[-1]), "token_ids")
+        return cls(num_out, end - num_out, ids, errors, _logprob_columns(result.logprobs, len(ids)))
 
 
 def settle(live: LiveRequests, suspects: Suspects, step: Step, result: StepResult) -> Outcome:
@@ -73,9 +74,9 @@ def settle(live: LiveRequests, suspects: Suspects, step: Step, result: StepResul
     here = columns.serial[step.rows] == step.serials
     gained = here & (tokens.num_out > 0)
     _count_in(live, suspects, step, here, tokens)
-    outcome = Outcome(rows=step.rows[gained])
-    is_first = columns.num_tokens[outcome.rows] == columns.prompt_len[outcome.rows]
-    outcome.first_tokens = [columns.request[row] for row in outcome.rows[is_first]]
+    rows = step.rows[gained]
+    is_first = columns.num_tokens[rows] == columns.prompt_len[rows]
+    outcome = Outcome(rows, first_tokens=[columns.request[row] for row in rows[is_first].tolist()])
     ends = _append(live, suspects, step, gained, tokens)
     if result.prompt_logprobs is not None:
         outcome.prompt_parts = _prompt_rows(columns.request, step, here, result.prompt_logprobs)
@@ -93,14 +94,15 @@ def settle(live: LiveRequests, suspects: Suspects, step: Step, result: StepResul
         live.finish(request, finish, stop_token)
         suspects.forget(request)
         outcome.finished.append(request)
-    outcome.rows = outcome.rows[columns.serial[outcome.rows] == step.serials[gained]]
+    if ends:
+        outcome.rows = rows[columns.serial[rows] == step.serials[gained]]
     return outcome
 
 
 def _count_in(live: LiveRequests, suspects: Suspects, step: Step, here: np.ndarray, tokens: StepTokens) -> None:
     """The step is no longer under way; its tokens are confirmed, but for drafts that were rejected."""
     columns = live.rows
-    every = slice(None) if here.all() else here
+    every = slice(None) if np.count_nonzero(here) == len(here) else here
     rows, confirmed = step.rows[every], step.num_tokens[every]
     columns.steps[rows] -= 1
     columns.in_flight[rows] -= step.samples[every]
@@ -108,8 +110,8 @@ def _count_in(live: LiveRequests, suspects: Suspects, step: Step, here: np.ndarr
         rejected = np.where(step.num_drafts > 0, step.samples - tokens.num_out, 0)[every]
         columns.num_computed[rows] -= rejected
         confirmed = confirmed - rejected
-    applied = columns.num_applied[rows] = columns.num_applied[rows] + confirmed
-    highest = columns.highest[rows]
+    applied, highest = columns.num_applied[rows] + confirmed, columns.highest[rows]
+    columns.num_applied[rows] = applied
     columns.highest[rows] = np.maximum(highest, applied)
     if suspects.any:
         suspects.progressed(columns.request[row] for row in rows[applied > highest])
@@ -119,20 +121,22 @@ def _append(live: LiveRequests, suspects: Suspects, step: Step, gained: np.ndarr
             tokens: StepTokens) -> dict[Request, tuple[Finish, int]]:
     """Their tokens to the running rows, one after another until one ends the request; which it ended."""
     columns, ends = live.rows, {}
-    at, before = np.flatnonzero(gained), columns.num_tokens
+    at, before = gained.nonzero()[0], columns.num_tokens
     if tokens.logprobs is not None:
         before = before.copy()
-    for number in range(int(tokens.num_out.max(initial=0))):
+    most = 1 if step.num_steps == 1 and step.num_drafts is None else int(tokens.num_out.max())
+    for number in range(most):
         if number:
             at = at[(finish == Finish.NONE) & (tokens.num_out[at] > number)]
         rows, new = step.rows[at], tokens.ids[tokens.first[at] + number]
-        columns.tokens[rows, columns.num_tokens[rows]] = new
-        columns.num_tokens[rows] += 1
+        known = columns.num_tokens[rows]
+        columns.tokens[rows, known] = new
+        columns.num_tokens[rows] = known + 1
         finish = check_rows(columns, rows, new)
-        for i in np.flatnonzero(finish):
+        for i in finish.nonzero()[0].tolist():
             ends[columns.request[rows[i]]] = (Finish(finish[i]), int(new[i]) if finish[i] == Finish.STOP else -1)
     if tokens.logprobs is not None:
-        for i in np.flatnonzero(gained):
+        for i in gained.nonzero()[0].tolist():
             row = step.rows[i]
             _store_logprobs(columns.request[row], tokens, i, int(columns.num_tokens[row] - before[row]))
     if suspects.any:
@@ -205,10 +209,11 @@ def _prompt_rows(requests: list[Request | None], step: Step, here: np.ndarray, m
 
 
 def _publish(live: LiveRequests, step: Step, here: np.ndarray, errors: dict[int, int]) -> None:
-    columns = live.rows
-    keep = here.copy()
-    keep[list(errors)] = False
+    columns, keep = live.rows, here
+    if errors:
+        keep = here.copy()
+        keep[list(errors)] = False
     rows = step.rows[keep]
     ready = np.minimum(columns.num_applied[rows], columns.num_tokens[rows]) // columns.block_size
-    for row in rows[ready > columns.published[rows]]:
+    for row in rows[ready > columns.published[rows]].tolist():
         live.kv.publish(columns.request[row])

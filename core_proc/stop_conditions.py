@@ -8,19 +8,20 @@ from __future__ import annotations
 import numpy as np
 
 from core_proc.request import Request
-from core_proc.request_rows import RequestRows
+from core_proc.request_rows import STOP_COLUMNS, RequestRows
 from protocol.messages import Finish
 
 
 def check_rows(columns: RequestRows, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """u8[n] Finish of rows whose newest token, already counted, is ``tokens``."""
     known = columns.num_tokens[rows]
-    stops = (columns.stop_ids[rows] == tokens[:, None]).any(axis=1)
-    for i in np.flatnonzero(columns.many_stops[rows]):
-        stops[i] = int(tokens[i]) in columns.request[rows[i]].stop_ids
-    stops &= known >= columns.min_total[rows]
-    finish = np.where(known >= columns.max_total[rows], np.uint8(Finish.LENGTH), np.uint8(Finish.NONE))
-    return np.where(stops, np.uint8(Finish.STOP), finish)
+    finish = (known >= columns.max_total[rows]) * np.uint8(Finish.LENGTH)
+    stops = (columns.stop_ids.take(rows, axis=0) == tokens[:, None]).ravel().nonzero()[0] // STOP_COLUMNS
+    many = columns.many_stops[rows].nonzero()[0].tolist()
+    for i in [*stops.tolist(), *(i for i in many if int(tokens[i]) in columns.request[rows[i]].stop_ids)]:
+        if known[i] >= columns.min_total[rows[i]]:
+            finish[i] = Finish.STOP
+    return finish
 
 
 def check_request(request: Request) -> Finish:
