@@ -19,6 +19,7 @@ from protocol.steps import LogprobRows
 
 HEARTBEAT_NS = 1_000_000_000
 FORGET_NS = 60_000_000_000
+Column = np.ndarray | list[int]
 
 
 class Channel:
@@ -69,15 +70,12 @@ class Channel:
     def outputs(self, requests: list[Request], now_ns: int,
                 prompt_logprobs: list[tuple[int, int, LogprobStore, int, int]] | None = None) -> None:
         """The unsent tokens of requests that are not running, and how they ended."""
-        starts = np.array([r.sent_tokens for r in requests], np.int32)
-        counts = np.array([r.num_tokens for r in requests], np.int32) - starts
         tokens = [r.token_ids[r.sent_tokens:] for r in requests]
-        first = [r.num_cached_tokens if r.sent_tokens == r.prompt_len or r.finish else -1 for r in requests]
+        cached = [r.num_cached_tokens if r.sent_tokens == r.prompt_len or r.finish else -1 for r in requests]
         self.send_columns(
-            requests, now_ns, stream=np.array([r.stream for r in requests], np.int32),
-            offset=starts - [r.prompt_len for r in requests], count=counts,
-            token_ids=np.concatenate([np.empty(0, np.int32), *tokens]), finish=bytes(r.finish for r in requests),
-            stop_token=np.array([r.stop_token for r in requests], np.int32), cached=np.array(first, np.int32),
+            requests, now_ns, stream=[r.stream for r in requests], offset=[r.sent_tokens - r.prompt_len for r in requests],
+            count=[len(own) for own in tokens], token_ids=np.concatenate(tokens), finish=bytes([r.finish for r in requests]),
+            stop_token=i32_bytes([r.stop_token for r in requests]), cached=cached if max(cached) >= 0 else None,
             prompt_logprobs=prompt_logprobs)
         for request in requests:
             request.sent_tokens = request.num_tokens
@@ -86,8 +84,8 @@ class Channel:
             if request.finish is not Finish.NONE:
                 self._ended[request.stream] = (self._sent_seq, now_ns)
 
-    def send_columns(self, requests: list[Request], now_ns: int, *, stream: np.ndarray, offset: np.ndarray, count: np.ndarray,
-                     token_ids: np.ndarray, finish: bytes, stop_token: np.ndarray, cached: np.ndarray,
+    def send_columns(self, requests: list[Request], now_ns: int, *, stream: Column, offset: Column, count: Column,
+                     token_ids: np.ndarray, finish: bytes, stop_token: bytes, cached: list[int] | None,
                      prompt_logprobs: list[tuple[int, int, LogprobStore, int, int]] | None = None) -> None:
         """One Outputs; ``requests``: those with logprobs among them, at least, in the columns' order."""
         logprobs = None
@@ -95,9 +93,9 @@ class Channel:
             logprobs = _logprob_rows({r.stream: r for r in requests}, stream, offset, count)
         events, self._events = self._events, []
         self.send(Outputs, now_ns, stream=i32_bytes(stream), offset=i32_bytes(offset), count=i32_bytes(count),
-                  token_ids=i32_bytes(token_ids), finish=finish, stop_token=i32_bytes(stop_token), logprobs=logprobs,
+                  token_ids=i32_bytes(token_ids), finish=finish, stop_token=stop_token, logprobs=logprobs,
                   prompt_logprobs=_prompt_rows(prompt_logprobs) if prompt_logprobs else None,
-                  cached_tokens=i32_bytes(cached) if (cached >= 0).any() else None, events=events or None)
+                  cached_tokens=None if cached is None else i32_bytes(cached), events=events or None)
 
     def _forget(self, is_due: Any) -> None:
         for stream, (seq, when) in list(self._ended.items()):
@@ -106,11 +104,11 @@ class Channel:
                 self.streams.pop(stream, None)
 
 
-def _logprob_rows(requests: dict[int, Request], stream: np.ndarray, offset: np.ndarray, count: np.ndarray) -> LogprobRows:
+def _logprob_rows(requests: dict[int, Request], stream: Column, offset: Column, count: Column) -> LogprobRows:
     """Rows as the token ids of all streams; a stream without logprobs has rows of id -1."""
     width = max(r.logprobs.width for r in requests.values() if r.logprobs is not None)
     parts = []
-    for s, start, n in zip(stream.tolist(), offset.tolist(), count.tolist(), strict=True):
+    for s, start, n in zip(*(np.asarray(column).tolist() for column in (stream, offset, count)), strict=True):
         store = requests[s].logprobs if s in requests else None
         if store is None:
             parts.append((np.full((n, width), -1, np.int32), np.zeros((n, width), np.float32), np.zeros(n, np.int32)))

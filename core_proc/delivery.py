@@ -11,8 +11,10 @@ from core_proc.channel import Channel
 from core_proc.live_requests import LiveRequests
 from core_proc.logprob_store import LogprobStore
 from core_proc.request import NEVER, Request, RequestStatus
+from protocol.codec import i32_bytes
 from protocol.messages import Finish
 
+NO_STOP_TOKEN = i32_bytes([-1])
 PromptRows = list[tuple[int, int, LogprobStore, int, int]]    # stream, first position, store, first and end row
 
 
@@ -20,7 +22,8 @@ def deliver(live: LiveRequests, channels: dict[int, Channel], rows: np.ndarray, 
             prompt_rows: dict[int, PromptRows], now_ns: int) -> None:
     """Send what ``rows`` and ``waiting`` owe, then the ends of ``finished``; ``prompt_rows`` by channel index."""
     columns = live.rows
-    due = rows[(columns.num_tokens[rows] >= columns.emit_at[rows]) & (columns.num_tokens[rows] > columns.sent[rows])]
+    known = columns.num_tokens[rows]
+    due = rows[(known >= columns.emit_at[rows]) & (known > columns.sent[rows])]
     owners = columns.channel[due]
     for index, channel in channels.items():
         own = due[owners == index]
@@ -55,17 +58,19 @@ def _send_rows(live: LiveRequests, channel: Channel, rows: np.ndarray, parts: Pr
     columns = live.rows
     sent, known, prompt_len = columns.sent[rows], columns.num_tokens[rows], columns.prompt_len[rows]
     count = known - sent
-    if (count == 1).all():
+    if np.count_nonzero(count == 1) == len(rows):
         token_ids = columns.tokens[rows, sent]
     else:
         position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - sent, count)
         token_ids = columns.tokens[np.repeat(rows, count), position]
-    cached = np.full(len(rows), -1, np.int32)
-    for i in np.flatnonzero(sent == prompt_len):
-        cached[i] = columns.request[rows[i]].num_cached_tokens
-    with_logprobs = [columns.request[row] for row in rows[columns.logprobs[rows]]]
+    first, cached = (sent == prompt_len).nonzero()[0].tolist(), None
+    if first:
+        cached = [-1] * len(rows)
+        for i in first:
+            cached[i] = columns.request[rows[i]].num_cached_tokens
+    with_logprobs = [columns.request[row] for row in rows[columns.logprobs[rows]].tolist()]
     channel.send_columns(
         with_logprobs, now_ns, stream=columns.stream[rows], offset=sent - prompt_len, count=count, token_ids=token_ids,
-        finish=bytes(len(rows)), stop_token=np.full(len(rows), -1, np.int32), cached=cached, prompt_logprobs=parts)
+        finish=bytes(len(rows)), stop_token=NO_STOP_TOKEN * len(rows), cached=cached, prompt_logprobs=parts)
     columns.sent[rows] = known
     columns.emit_at[rows] = known + columns.interval[rows]
