@@ -47,10 +47,17 @@ class Curve:
         key = size.bit_length()
         group = self._groups.setdefault(key, deque(maxlen=REMEMBERED))
         group.append((size, max(1, time_us)))
-        self._medians[key] = median_low([s for s, _ in group]), median_low([t for _, t in group])
-        self._met[key] = self._count
-        for old in [k for k, met in self._met.items() if self._count - met > FORGOTTEN_AFTER]:
+        medians = median_low([s for s, _ in group]), median_low([t for _, t in group])
+        same = len(group) > 2 and medians == self._medians[key]
+        self._medians[key], self._met[key] = medians, self._count
+        forgotten = [k for k, met in self._met.items() if self._count - met > FORGOTTEN_AFTER]
+        for old in forgotten:
             del self._groups[old], self._medians[old], self._met[old]
+        if forgotten or not same:
+            self._draw()
+
+    def _draw(self) -> None:
+        """The curve through the medians."""
         points = sorted(self._medians.items())
         self._sizes, self._times = [size for _, (size, _) in points], [time for _, (_, time) in points]
         for i, (key, _) in enumerate(points):
