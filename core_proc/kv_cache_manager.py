@@ -78,12 +78,15 @@ class KVCacheManager:
     def publish(self, request: Request) -> None:
         """Offer the blocks whose K/V is confirmed and whose tokens are known."""
         row, rows = request.req_idx, self.rows
-        ready = min(int(rows.num_applied[row]), int(rows.num_tokens[row])) // self.block_size
-        for index in range(int(rows.published[row]), ready):
-            block_hash = request.block_hash(index, rows.tokens[row], self.block_size)
-            self.pool.publish(int(rows.block_table[row, index]), block_hash)
+        ready, published = min(int(rows.num_applied[row]), int(rows.num_tokens[row])) // self.block_size, int(rows.published[row])
+        if ready <= published:
+            return
+        tokens, block_ids = rows.tokens[row], rows.block_table[row, published:ready].tolist()
+        for index, block_id in enumerate(block_ids, published):
+            block_hash = request.block_hash(index, tokens, self.block_size)
+            self.pool.publish(block_id, block_hash)
             self._writers.pop(block_hash, None)
-        rows.published[row] = max(ready, int(rows.published[row]))
+        rows.published[row] = ready
 
     def release(self, request: Request, block_ids: list[int], num_published: int) -> None:
         """A request has left its row: its blocks go back, and nobody waits for it any more."""
