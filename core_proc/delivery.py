@@ -59,7 +59,7 @@ def _send_rows(live: LiveRequests, channel: Channel, rows: np.ndarray, parts: Pr
     sent, known, prompt_len = columns.sent[rows], columns.num_tokens[rows], columns.prompt_len[rows]
     count = known - sent
     if np.count_nonzero(count == 1) == len(rows):
-        token_ids = columns.tokens[rows, sent]
+        token_ids = columns.tokens_at(rows, sent)
     else:
         position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - sent, count)
         token_ids = columns.tokens[np.repeat(rows, count), position]

@@ -129,9 +129,7 @@ def _append(live: LiveRequests, suspects: Suspects, step: Step, gained: np.ndarr
         if number:
             at = at[(finish == Finish.NONE) & (tokens.num_out[at] > number)]
         rows, new = step.rows[at], tokens.ids[tokens.first[at] + number]
-        known = columns.num_tokens[rows]
-        columns.tokens[rows, known] = new
-        columns.num_tokens[rows] = known + 1
+        columns.append_tokens(rows, new)
         finish = check_rows(columns, rows, new)
         for i in finish.nonzero()[0].tolist():
             ends[columns.request[rows[i]]] = (Finish(finish[i]), int(new[i]) if finish[i] == Finish.STOP else -1)
