@@ -60,12 +60,12 @@ class BlockPool:
     def release(self, block_ids: list[int]) -> None:
         """One reference less; the tail of a sequence is evicted before its head."""
         for block_id in reversed(block_ids):
-            self._ref_count[block_id] -= 1
-            if self._ref_count[block_id] == 0:
+            self._ref_count[block_id] = held = self._ref_count[block_id] - 1
+            if held == 0:
                 self._free[block_id] = None
                 if self._hash_of[block_id] is None:
                     self._free.move_to_end(block_id, last=False)
-            elif self._ref_count[block_id] < 0:
+            elif held < 0:
                 raise AssertionError(f"block {block_id} released more often than taken")
 
     def publish(self, block_id: int, block_hash: bytes) -> bool:

@@ -106,5 +106,6 @@ class RequestRows:
     def append_blocks(self, pairs: np.ndarray) -> None:
         """``pairs``: i32[k, 2] (row, block_id); a row that needs several comes several times, in order."""
         for row, block_id in pairs.tolist():
-            self.block_table[row, self.num_blocks[row]] = block_id
-            self.num_blocks[row] += 1
+            at = self.num_blocks[row]
+            self.block_table[row, at] = block_id
+            self.num_blocks[row] = at + 1

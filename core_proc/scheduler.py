@@ -98,8 +98,9 @@ class Scheduler(SchedulerInterface):
         columns.in_flight[rows] = in_flight + samples
         columns.steps[rows] += 1
         known = np.minimum(after, known)
-        for i in (known // size > starts // size).nonzero()[0].tolist():
-            self.live.kv.note_writer(columns.request[rows[i]], int(starts[i]), int(known[i]))
+        filling = (known // size > starts // size).nonzero()[0]
+        for row, start, end in zip(*(column[filling].tolist() for column in (rows, starts, known)), strict=True):
+            self.live.kv.note_writer(columns.request[row], start, end)
         return starts, samples
 
     def _advance_admitted(self, request: Request, start: int, num_tokens: int) -> bool:

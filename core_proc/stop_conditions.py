@@ -16,9 +16,10 @@ def check_rows(columns: RequestRows, rows: np.ndarray, tokens: np.ndarray) -> np
     """u8[n] Finish of rows whose newest token, already counted, is ``tokens``."""
     known = columns.num_tokens[rows]
     finish = (known >= columns.max_total[rows]) * np.uint8(Finish.LENGTH)
-    stops = (columns.stop_ids.take(rows, axis=0) == tokens[:, None]).ravel().nonzero()[0] // STOP_COLUMNS
-    many = columns.many_stops[rows].nonzero()[0].tolist()
-    for i in [*stops.tolist(), *(i for i in many if int(tokens[i]) in columns.request[rows[i]].stop_ids)]:
+    found = (columns.stop_ids.take(rows, axis=0) == tokens[:, None]).ravel().nonzero()[0].tolist()
+    stops = [at // STOP_COLUMNS for at in found]
+    stops += [i for i in columns.many_stops[rows].nonzero()[0].tolist() if int(tokens[i]) in columns.request[rows[i]].stop_ids]
+    for i in stops:
         if known[i] >= columns.min_total[rows[i]]:
             finish[i] = Finish.STOP
     return finish
