@@ -22,8 +22,8 @@ def build_plan(epoch: int, gen: int, step: Step, scheduled: ScheduledStep, live:
         admitted, grow = live.running, np.empty((0, 2), np.int32)
     return StepPlan(
         epoch, gen, step.step_id, restart_after, [_admission(live, request) for request in admitted],
-        i32_bytes(grow), i32_bytes(step.rows.astype(np.int32)), i32_bytes(step.starts), i32_bytes(scheduled.num_tokens), num_steps=step.num_steps,
-        num_drafts=None if scheduled.num_drafts is None else i32_bytes(scheduled.num_drafts),
+        i32_bytes(grow), i32_bytes(step.rows.astype(np.int32)), i32_bytes(step.starts), i32_bytes(scheduled.num_tokens),
+        num_steps=step.num_steps, num_drafts=None if scheduled.num_drafts is None else i32_bytes(scheduled.num_drafts),
         drafts=None if scheduled.drafts is None else i32_bytes(scheduled.drafts))
 
 
