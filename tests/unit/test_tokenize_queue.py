@@ -27,7 +27,7 @@ class Work:
 
     def prepare(self, message: Generate) -> tuple[bytes, TokenParams]:
         self.threads.append(threading.current_thread().name)
-        assert self.go.wait(5)
+        assert self.go.wait(30)
         if message.text == "bad":
             raise BadRequest("prompt", "was bad")
         if message.text == "broken":
@@ -41,7 +41,7 @@ class Work:
         return {arrival.generate.key[0]: result for arrival, result in self.queue.turn()}
 
     def from_thread(self) -> dict[int, object]:
-        assert select.select([self.queue.wake_fd], [], [], 5)[0]
+        assert select.select([self.queue.wake_fd], [], [], 30)[0]
         return self.results()
 
 
