@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Mapping
 
 if (sys.platform, platform.machine()) != ("linux", "x86_64"):     # before imports that other platforms lack
     sys.exit(f"folovllm: error: FoloVLLM runs on Linux x86-64; this is {sys.platform} {platform.machine()}")
@@ -27,6 +27,7 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):     # before impor
 import msgspec
 
 from protocol import config as settings
+from protocol import thread_settings
 from protocol.child import routing_id, set_process_name
 from protocol.config import ConfigError, EngineConfig
 from protocol.lifeline import send_control
@@ -121,6 +122,7 @@ class Engine:
         self.config = resolve_model(self.config, self.wakeups)
         self.run_dir.write_config(self.config)
         self.page.set("state", State.LOADING)
+        say_replaced(os.environ)
         for role in MODULES:
             self.children[role] = start_child(role, self.run_dir)
         for role in MODULES:
@@ -217,15 +219,17 @@ def spawn(module: str, arguments: list[str], **options: object) -> subprocess.Po
 
 def environment(role: str) -> dict[str, str]:
     """Ours, with this directory first on the path, and threads where they belong."""
-    env = dict(os.environ)
+    env = thread_settings.with_own_threads(os.environ, role)
     env["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), env.get("PYTHONPATH")) if p)
     env["PYTHONUNBUFFERED"] = "1"
-    if role == "worker":
-        # libgomp's own spin count makes a step several times slower beside other processes.
-        env.setdefault("GOMP_SPINCOUNT", "1000")
-    else:
-        env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return env
+
+
+def say_replaced(environ: Mapping[str, str]) -> None:
+    """One line about the user's settings that the worker does not get."""
+    names = " ".join(f"{name}={value}" for name, value in thread_settings.replaced(environ).items())
+    if names:
+        say(f"the worker's threads are set up by the engine (their number: --num-threads), not by {names}")
 
 
 def resolve_model(config: EngineConfig, wakeups: Wakeups) -> EngineConfig:

@@ -17,6 +17,7 @@ from folovllm import Client, SamplingParams
 from frontend.errors import EngineError
 from protocol.parent_death import EXIT_PEER_LOST
 from protocol.progress import ProgressPage
+from protocol.thread_settings import with_own_threads
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S, END_S = 60.0, 2.0
@@ -31,6 +32,7 @@ class Launched:
     def __init__(self, run_dir: Path, *flags: str) -> None:
         self.run_dir = run_dir
         self.process = subprocess.Popen([sys.executable, "launch.py", "--run-dir", str(run_dir), *flags], cwd=ROOT, text=True,
+                                        env=with_own_threads(os.environ, "worker"),     # of which launch.py has nothing to say
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def ready_line(self) -> str:

@@ -19,6 +19,7 @@ import launch
 from frontend.status import process_state
 from protocol.config import EngineConfig
 from protocol.run_dir import RunDir
+from protocol.thread_settings import with_own_threads
 from tiny_models import write_byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +35,8 @@ with socket.create_server(("127.0.0.1", 0)) as server:
 
 
 def start(*arguments: str, **options: object) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    env = with_own_threads(os.environ, "worker")        # of which launch.py has nothing to say
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, text=True, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def refusal(process: subprocess.Popen) -> str:

@@ -66,6 +66,19 @@ def test_a_model_with_two_eos_ids_stops_at_either(two_eos: tuple[Path, list[list
     assert [output.outputs[0].token_ids for output in ignoring] == streams
 
 
+def test_the_users_settings_of_threads_end_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Stacks too small for the kernels, threads that spin for ever: none of it reaches the worker."""
+    use_private_cache(monkeypatch, tmp_path / "cache")
+    path = write_tiny_llama(tmp_path / "model", vocab_size=258, head_dim=64, hidden_size=256, intermediate_size=1024)
+    write_byte_tokenizer(path)
+    for name, value in {"OMP_STACKSIZE": "256k", "GOMP_SPINCOUNT": "infinity", "OMP_WAIT_POLICY": "active"}.items():
+        monkeypatch.setenv(name, value)
+    with LLMEngine(model=str(path), **SETTINGS | {"num_threads": 2, "quantization": "int8"}) as engine:
+        outputs = engine.generate(PROMPTS, SamplingParams(max_tokens=4, ignore_eos=True))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [4] * len(PROMPTS)
+    assert capfd.readouterr().err.count("GOMP_SPINCOUNT=infinity OMP_STACKSIZE=256k OMP_WAIT_POLICY=active\n") == 1
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_gguf_file_agrees_with_the_same_weights_as_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     use_private_cache(monkeypatch, tmp_path / "cache")
