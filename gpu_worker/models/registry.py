@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from gpu_worker.attention.interface import AttentionBackend, AttentionLayer
 from gpu_worker.attention.reference import ReferenceAttention
+from gpu_worker.kernels.attention import KV_TYPES
 from gpu_worker.models import decoder_config, weights
 from gpu_worker.models.cpu_kernels import CpuKernels, attention_backend, picker_of
 from gpu_worker.models.decoder import Decoder
@@ -52,8 +54,8 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
         logger.info("%s: run by the transformers backend: %s", model_dir, reason)
         from gpu_worker.models.transformers_backend import load_transformers_model   # slow to import, rarely needed
         kernels, lacking = CpuKernels.open(device, torch.get_num_threads())
-        model = load_transformers_model(model_dir, max_model_len=max_model_len, device=device, attention=partial(attention_backend, kernels), picker=picker_of(kernels),
-                                        dtype=resolve_dtype(dtype, _checkpoint_dtype(config), device), **settings)
+        model = load_transformers_model(model_dir, max_model_len=max_model_len, device=device, attention=partial(_attention, kernels, kv_cache_dtype),
+                                        picker=picker_of(kernels), dtype=resolve_dtype(dtype, _checkpoint_dtype(config), device), **settings)
         model.slower_because = model.slower_because or lacking
         return model
     settings["max_model_len"] = checked_max_model_len(max_model_len, lean.max_position)
@@ -62,6 +64,8 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
     chosen = resolve_dtype(dtype, _checkpoint_dtype(config), device, has_kernels=kernels is not None)
     if kernels is not None and (lacking := kernels.decoder_lacks(lean, chosen)) is not None:
         kernels = None
+    if kernels is not None:
+        _check_stored(kv_cache_dtype)
     if quantization is not None:
         check_supported(quantization, lean, dtype, device)
         if kernels is None:
@@ -87,6 +91,23 @@ def _decoder(config: decoder_config.DecoderConfig, parts: DecoderParts, kernels:
     if kernels is None:
         return Decoder(config, parts, device=device, attention=ReferenceAttention(), **settings)
     return KernelDecoder(config, parts, kernels, **settings)
+
+
+def _attention(kernels: CpuKernels | None, kv_cache_dtype: str, layers: tuple[AttentionLayer, ...],
+               dtype: torch.dtype) -> tuple[AttentionBackend, str | None]:
+    """What attends where torch computes all else; and why it is not the kernels, where there are any."""
+    backend, lacking = attention_backend(kernels, layers, dtype)
+    if kernels is not None and backend is kernels.attention:
+        _check_stored(kv_cache_dtype)
+    return backend, lacking
+
+
+def _check_stored(kv_cache_dtype: str) -> None:
+    """The kernels store K and V as some types only; plain torch as any."""
+    allowed = ["auto", *(name for name, dtype in DTYPES.items() if dtype in KV_TYPES)]
+    if kv_cache_dtype not in allowed:
+        raise ModelError(f"kv_cache_dtype: was {kv_cache_dtype!r}, which the CPU kernels that run this model do not store;"
+                         f" allowed: {', '.join(allowed)}")
 
 
 def checked_max_model_len(asked: int | None, limit: int) -> int:

@@ -10,11 +10,12 @@ import torch
 from gpu_worker.attention.interface import AttentionMetadata
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models import cpu_kernels
+from gpu_worker.models.converted import models_dir
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.models.kernel_decoder import KernelDecoder
 from gpu_worker.models.registry import load_model
-from gpu_worker.models.spec import LoadedModel
-from tiny_models import write_random_model, write_tiny_llama
+from gpu_worker.models.spec import LoadedModel, ModelError
+from tiny_models import write_gpt_neox, write_random_model, write_tiny_llama
 from private_cache import use_private_cache
 from whole_prompt import logits_of
 
@@ -113,3 +114,22 @@ def test_without_a_compiler_the_reason_is_known(tmp_path: Path, monkeypatch: pyt
     model = load_model(qwen3(tmp_path / "model"), dtype="float32", device=CPU, num_threads=1)
     assert isinstance(model, Decoder)
     assert "no C++ compiler was found" in model.slower_because
+
+
+@pytest.mark.parametrize("mode", [("bfloat16", None), ("float32", None), ("auto", "int4")], ids=str)
+def test_kv_that_the_kernels_do_not_store_is_refused_by_name(tmp_path: Path, mode) -> None:
+    with pytest.raises(ModelError, match="^kv_cache_dtype: was 'float16'.*; allowed: auto, float32, bfloat16, int8$"):
+        load(qwen3(tmp_path / "model"), mode, "float16")
+    assert not models_dir().exists()          # before anything is made
+
+
+def test_kv_that_the_kernels_do_not_store_is_refused_beside_transformers(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="^kv_cache_dtype: was 'float16'.*; allowed: auto, float32, bfloat16, int8$"):
+        load(write_gpt_neox(tmp_path / "model"), ("bfloat16", None), "float16")
+
+
+@pytest.mark.parametrize("write", [qwen3, write_gpt_neox])
+def test_float16_models_keep_float16_kv(tmp_path: Path, write) -> None:
+    """They run in plain torch, which stores it."""
+    model = load(write(tmp_path / "model"), ("float16", None), "float16")
+    assert model.spec.kv_dtype == torch.float16 and bool(torch.isfinite(logits_of(model, IDS)).all())
