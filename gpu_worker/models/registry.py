@@ -58,6 +58,8 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
                                         picker=picker_of(kernels), dtype=resolve_dtype(dtype, _checkpoint_dtype(config), device), **settings)
         model.slower_because = model.slower_because or lacking
         return model
+    if quantization is not None:
+        check_supported(quantization, lean, dtype, device)
     settings["max_model_len"] = checked_max_model_len(max_model_len, lean.max_position)
     kernels, lacking = CpuKernels.open(device, torch.get_num_threads())
     settings["picker"] = picker_of(kernels)
@@ -67,7 +69,6 @@ def load_model(model_dir: Path, *, dtype: str, device: torch.device, quantizatio
     if kernels is not None:
         _check_stored(kv_cache_dtype)
     if quantization is not None:
-        check_supported(quantization, lean, dtype, device)
         if kernels is None:
             parts: DecoderParts = QuantizedParts(quantization, model_dir, lean, dtype)
         else:
