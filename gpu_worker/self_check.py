@@ -2,10 +2,11 @@
 
 Called once by ``startup.py``, with the loaded model.  Libraries choose kernels by the machine
 and by the number of rows, so the promise "same request, same tokens" is put to the test where
-it has to hold: every shape of weight in use, and attention, on rows of widely differing scale
-(on ordinary rows a wrong kernel may show once in thousands).  The verdict is remembered in the
-cache directory: only the first start of an arithmetic pays for it.  What was not looked at, or
-did not hold, is never claimed.
+it has to hold: every shape and kind of weight in use, and attention, on rows of widely differing
+scale (on ordinary rows a wrong kernel may show once in thousands).  Sums of integers have to be
+exact up to the largest: some instructions saturate.  The verdict is remembered in the cache
+directory: only the first start of an arithmetic pays for it.  What was not looked at, or did not
+hold, is never claimed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from gpu_worker.attention.interface import AttentionBackend, AttentionLayer, Att
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.spec import LoadedModel, ModelSpec, RowProduct
 from gpu_worker.models.weights import write_atomically
+from gpu_worker.quantization.rows import GROUP
 from gpu_worker.row_buckets import RowBuckets
 from protocol.cache_dir import cache_dir
 from protocol.codec import BLOCK_SIZE_TOKENS
 
-VERSION = 1                                   # of what is checked; another one forgets all verdicts
+VERSION = 2                                   # of what is checked; another one forgets all verdicts
 NUM_ROWS = 64
 ROW_COUNTS = (1, 2, 3, 5, 64, 150, 512)       # real rows of a product: 4, 8, 64, 160 and 512 once padded
 HEAD_BATCHES = 16                             # of each size: its weights are many, and read anew for each
@@ -37,6 +39,8 @@ PROMPT_TOKENS = 300                           # keys of the longest query: more 
 CHUNKS = (1, 70, 16, 110, 64, 33, 1, 1, 1, 1, 1, 1)   # the same prompt in other pieces
 NEIGHBOURS = ((0, 40), (199, 1), (0, 1), (0, 130))    # (computed, new) tokens of the requests beside it
 SEED = 20
+INTEGER_INPUTS, INTEGER_OUTPUTS = 1024, 40    # 1,024 · 127 · 128 < 2^24: sums are exact in float32
+LARGEST_INPUT = 127
 TYPES_OF_BITS = {2: torch.int16, 4: torch.int32}
 
 
@@ -76,6 +80,8 @@ def _checked(model: LoadedModel, buckets: RowBuckets, most_head_rows: int) -> Ve
         reasons += product_faults(product, [buckets.bucket(count) for count in ROW_COUNTS])
     head_sizes = [rows for rows in map(buckets.bucket, ROW_COUNTS) if rows <= most_head_rows]
     reasons += product_faults(model.head(), head_sizes, most_batches=HEAD_BATCHES)
+    for product in {product.kind: product for product in (*model.linears(), model.head()) if product.integers}.values():
+        reasons += integer_faults(product)
     reasons += attention_faults(model.attention, model.spec, buckets)
     if model.spec.backend != "decoder":
         reasons.append(f"not promised by the {model.spec.backend} backend, whose other operators are not checked")
@@ -83,8 +89,8 @@ def _checked(model: LoadedModel, buckets: RowBuckets, most_head_rows: int) -> Ve
 
 
 def _different(products: list[RowProduct]) -> list[RowProduct]:
-    """One product of each shape and type."""
-    return list({(product.out_features, product.in_features, product.input_dtype): product for product in products}.values())
+    """One product of each shape, type and kind."""
+    return list({(product.out_features, product.in_features, product.input_dtype, product.kind): product for product in products}.values())
 
 
 def product_faults(product: RowProduct, sizes: list[int], most_batches: int = NUM_ROWS) -> list[str]:
@@ -108,6 +114,25 @@ def product_faults(product: RowProduct, sizes: list[int], most_batches: int = NU
             found.append(f"rows of {product.in_features} x {product.out_features} weights ({product.input_dtype}): "
                          f"{wrong} differ in batches of {size}")
     return found
+
+
+def integer_faults(product: RowProduct) -> list[str]:
+    """A sentence where a product of the largest integers is not their exact sum: what every quantized arithmetic begins with."""
+    weights = _up_to_the_ends(*product.integers, INTEGER_OUTPUTS, SEED)
+    rows = _up_to_the_ends(-LARGEST_INPUT, LARGEST_INPUT, NUM_ROWS, SEED + 1)
+    rows[3:, ::GROUP] = LARGEST_INPUT        # whatever shares a scale has it at 1
+    found = product.of_integers(weights)(rows.to(product.input_dtype))
+    wrong = int((found != (rows.double() @ weights.double().t()).to(found.dtype)).sum())
+    return [f"sums of the largest integers ({product.kind}): {wrong} of {found.numel()} are not exact"] if wrong else []
+
+
+def _up_to_the_ends(least: int, largest: int, count: int, seed: int) -> Tensor:
+    """int64 [count, INTEGER_INPUTS]: all the largest, all the least, the two in turn, the two at random, any at random."""
+    generator = torch.Generator().manual_seed(seed)
+    ends, shape = torch.tensor([least, largest]), (count // 2, INTEGER_INPUTS)
+    either = ends[torch.randint(2, shape, generator=generator)]
+    either[0], either[1], either[2] = largest, least, ends.repeat(INTEGER_INPUTS // 2)
+    return torch.cat((either, torch.randint(least, largest + 1, shape, generator=generator)))
 
 
 def _split(size: int) -> list[tuple[Tensor, Tensor]]:

@@ -48,6 +48,9 @@ ALLOWED_INPUTS = {
     WeightKind.INT8_BLOCKS: (InputKind.PER_GROUP,), WeightKind.INT4_BLOCKS: (InputKind.PER_GROUP,)}
 
 
+INTEGERS = {WeightKind.INT8: (-127, 127), WeightKind.INT8_BLOCKS: (-128, 127), WeightKind.INT4_BLOCKS: (-8, 7)}     # least, largest
+
+
 class LinearWeight(ctypes.Structure):
     """``struct LinearWeight`` of linear.h: addresses into a Weight's tensors, which must outlive it."""
 
@@ -97,6 +100,18 @@ class Weight:
         if name == "Q8_0":
             return cls._made(WeightKind.INT8_BLOCKS, shape, packing.pack_int8_blocks(*packing.read_gguf_int8(blocks)), None, bias)
         return cls._made(WeightKind.INT4_BLOCKS, shape, packing.pack_int4_blocks(*packing.read_gguf_int4(blocks, name)), None, bias)
+
+    @classmethod
+    def from_integers(cls, kind: WeightKind, values: Tensor) -> Weight:
+        """int64 [n, k] within ``INTEGERS``, all scales 1 (4-bit values count from a minimum of −8)."""
+        shape = n, k = tuple(values.shape)
+        if kind == WeightKind.INT8:
+            return cls._made(kind, shape, packing.pack_int8(values.to(torch.int8)), torch.ones(n), None)
+        ones = torch.ones(n, k // packing.GROUP, dtype=torch.float16)
+        if kind == WeightKind.INT8_BLOCKS:
+            return cls._made(kind, shape, packing.pack_int8_blocks(values.to(torch.int8), ones), None, None)
+        low, high = (values - INTEGERS[kind][0]).to(torch.uint8).view(n, -1, 2, packing.GROUP // 2).unbind(2)
+        return cls._made(kind, shape, packing.pack_int4_blocks(low | high << 4, ones, ones * INTEGERS[kind][0]), None, None)
 
     @classmethod
     def _made(cls, kind: WeightKind, shape: tuple[int, ...], packed: Tensor, scales: Tensor | None, bias: Tensor | None,

@@ -13,8 +13,9 @@ from gpu_worker.kernels.decoder import Product
 from gpu_worker.kernels.elementwise import Elementwise, Output
 from gpu_worker.kernels.huge_pages import GrowingHugePages
 from gpu_worker.kernels.library import Library
-from gpu_worker.kernels.linear import Linear, Weight, WeightKind
+from gpu_worker.kernels.linear import INTEGERS, Linear, Weight, WeightKind
 from gpu_worker.models.decoder_parts import Affine
+from gpu_worker.models.spec import kind_of
 
 KINDS = {torch.float32: WeightKind.FLOAT32, torch.bfloat16: WeightKind.BF16}
 ROW_DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
@@ -26,12 +27,20 @@ class KernelLinear:
     def __init__(self, library: Library, num_threads: int, weight: Weight, wanted: Output, input_dtype: torch.dtype,
                  output_dtype: torch.dtype) -> None:
         self.in_features, self.out_features, self.input_dtype = weight.k, weight.n, input_dtype
-        self._weight, self._wanted = weight, wanted
+        blocks = "" if weight.k_block == weight.k else f" in blocks of {weight.k_block} inputs"
+        self.kind = kind_of(f"{weight.kind.name}{blocks}, {wanted.name} to {output_dtype}", weight.bias)
+        self.integers = INTEGERS.get(weight.kind)
+        self._weight, self._wanted, self._output_dtype = weight, wanted, output_dtype
+        self._library, self._threads = library, num_threads
         self._elementwise = Elementwise(library, num_threads)
         self._linear = Linear(library, weight, num_threads, output_dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._linear(x if self._wanted is Output.ROWS else self._elementwise.quantize(x, self._wanted))
+
+    def of_integers(self, values: Tensor) -> KernelLinear:
+        weight = Weight.from_integers(self._weight.kind, values)
+        return KernelLinear(self._library, self._threads, weight, self._wanted, self.input_dtype, self._output_dtype)
 
     def structure(self) -> Product:
         """For a call that runs it among others; its addresses hold as long as this product lives."""

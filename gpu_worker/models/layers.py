@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_worker.models.spec import kind_of
 from gpu_worker.product_dtype import onednn_multiplies, product_dtype
 
 _PACK = torch.ops.mkldnn._reorder_linear_weight
@@ -29,13 +30,15 @@ class Linear:
     Where bfloat16 is multiplied as float32 the weight is kept so: twice the bytes.
     """
 
-    __slots__ = ("out_features", "in_features", "input_dtype", "_inside", "_weight", "_bias", "_packed")
+    __slots__ = ("out_features", "in_features", "input_dtype", "kind", "_inside", "_weight", "_bias", "_packed")
+    integers = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.input_dtype = weight.dtype
         self._inside = product_dtype(weight.dtype, weight.device)
         self._packed = packs(weight.dtype, weight.device)
+        self.kind = kind_of("float weights", bias)
         weight = weight.to(self._inside)
         self._weight = _PACK(weight.contiguous()) if self._packed else weight
         self._bias = None if bias is None else bias.to(self._inside)
@@ -53,12 +56,14 @@ class LMHead:
     is kept in float32 (twice the bytes); its products and sums are exact as before.
     """
 
-    __slots__ = ("out_features", "in_features", "input_dtype", "_weight", "_bias", "_linear")
+    __slots__ = ("out_features", "in_features", "input_dtype", "kind", "_weight", "_bias", "_linear")
+    integers = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.input_dtype = weight.dtype
         on_cpu = weight.device.type == "cpu"
+        self.kind = kind_of("float weights, float32 logits", bias)
         self._linear = Linear(weight.float(), None if bias is None else bias.float()) if on_cpu else None
         self._weight = None if on_cpu else weight
         self._bias = bias

@@ -68,10 +68,21 @@ class RowProduct(Protocol):
     in_features: int
     out_features: int
     input_dtype: torch.dtype
+    kind: str                             # what chooses its arithmetic beside shape and ``input_dtype``, in words
+    integers: tuple[int, int] | None      # the least and the largest weight, where weights are integers with scales
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in_features] in ``input_dtype`` → [rows, out_features]."""
         ...
+
+    def of_integers(self, values: Tensor) -> RowProduct:
+        """The same with other weights, int64 [outputs, inputs] within ``integers``, all scales 1 and no bias."""
+        ...
+
+
+def kind_of(arithmetic: str, bias: Tensor | None) -> str:
+    """For ``RowProduct.kind``."""
+    return arithmetic if bias is None else f"{arithmetic}, bias"
 
 
 class LoadedModel(Protocol):

@@ -7,6 +7,7 @@ Made by ``int4_model.py``; multiplied by ``products.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ SEARCHED_BLOCKS = 1 << 14                                        # at a time: th
 @dataclass(frozen=True, slots=True)
 class Block4Weight:
     """scale · value + minimum, values 0 … 15."""
+
+    INTEGERS: ClassVar[tuple[int, int]] = (-8, 7)        # with scale 1 and minimum −8
 
     nibbles: Tensor      # uint8 [out, in // 32, 16]: byte j holds input j below, input 16 + j above
     scales: Tensor       # float16 [out, in // 32]
@@ -45,6 +48,13 @@ class Block4Weight:
         minimums = _halves(blocks, 1) if kind == "Q4_1" else scales * -8.0       # Q4_0: d · (value − 8)
         return cls(blocks[..., -GROUP // 2:].contiguous(), scales, minimums)
 
+    @classmethod
+    def from_integers(cls, values: Tensor) -> Block4Weight:
+        """int64 [out, in] within ``INTEGERS``."""
+        least = cls.INTEGERS[0]
+        ones = torch.ones(len(values), values.shape[1] // GROUP, dtype=torch.float16)
+        return cls(_packed((values - least).view(-1, GROUP)).view(len(values), -1, GROUP // 2), ones, ones * least)
+
     def values(self, outputs: slice = slice(None)) -> Tensor:
         """uint8 [out, in // 32, 32]."""
         nibbles = self.nibbles[outputs]
@@ -64,6 +74,8 @@ class Block4Weight:
 class Block8Weight:
     """scale · value."""
 
+    INTEGERS: ClassVar[tuple[int, int]] = (-128, LARGEST)
+
     values: Tensor       # int8 [out, in], in [-127, 127]
     scales: Tensor       # float16 [out, in // 32]
 
@@ -81,6 +93,11 @@ class Block8Weight:
         """data uint8 [out, bytes of a row], blocks of Q8_0: the same numbers, exactly."""
         blocks = torch.from_numpy(data).view(data.shape[0], -1, BLOCK_BYTES["Q8_0"])
         return cls(blocks[..., 2:].contiguous().view(torch.int8).view(data.shape[0], -1), _halves(blocks, 0))
+
+    @classmethod
+    def from_integers(cls, values: Tensor) -> Block8Weight:
+        """int64 [out, in] within ``INTEGERS``, all scales 1."""
+        return cls(values.to(torch.int8), torch.ones(len(values), values.shape[1] // GROUP, dtype=torch.float16))
 
     def dequantized(self) -> Tensor:
         """float32 [out, in]."""

@@ -6,6 +6,7 @@ Made by ``int8_model.py``; multiplied by ``products.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from gpu_worker.quantization.rows import LARGEST
 class ChannelWeight:
     """values · scale of the output."""
 
+    INTEGERS: ClassVar[tuple[int, int]] = (-LARGEST, LARGEST)
+
     values: Tensor       # int8 [out, in], in [-127, 127]
     scales: Tensor       # float32 [out]
 
@@ -27,6 +30,11 @@ class ChannelWeight:
         inverse = torch.where(scales > 0, 1 / scales, 0.0)
         values = (weight * inverse.unsqueeze(1)).round_().clamp_(-LARGEST, LARGEST)
         return cls(values.to(torch.int8), scales)
+
+    @classmethod
+    def from_integers(cls, values: Tensor) -> ChannelWeight:
+        """int64 [out, in], all scales 1."""
+        return cls(values.to(torch.int8), torch.ones(len(values)))
 
     def dequantized(self) -> Tensor:
         """float32 [out, in]."""

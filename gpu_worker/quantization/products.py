@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpu_worker.models.spec import kind_of
 from gpu_worker.quantization.blocks import Block4Weight, Block8Weight
 from gpu_worker.quantization.channels import ChannelWeight
 from gpu_worker.quantization.rows import GROUP, QuantizedRows, quantized
@@ -32,12 +33,17 @@ SLICE_SUMS = 1 << 21        # exact sums held at once: they should stay in the l
 class QuantizedLinear:
     """x float32 [rows, in] → x · weightᵀ + bias, float32 [rows, out]; x becomes int8 on the way."""
 
-    __slots__ = ("out_features", "in_features", "input_dtype", "weight", "bias", "group")
+    __slots__ = ("out_features", "in_features", "input_dtype", "kind", "integers", "weight", "bias", "group")
 
     def __init__(self, weight: Weight, bias: Tensor | None = None, group: int | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.input_dtype = torch.float32
+        self.kind = kind_of(f"{type(weight).__name__}, a scale for {group or 'all'} inputs of a row", bias)
+        self.integers = weight.INTEGERS
         self.weight, self.bias, self.group = weight, bias, group
+
+    def of_integers(self, values: Tensor) -> QuantizedLinear:
+        return QuantizedLinear(self.weight.from_integers(values), None, self.group)
 
     def __call__(self, x: Tensor) -> Tensor:
         result = torch.empty(x.shape[0], self.out_features)

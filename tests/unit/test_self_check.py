@@ -16,9 +16,11 @@ from gpu_worker import self_check
 from gpu_worker.attention.interface import AttentionLayer, AttentionMetadata, StepAttention
 from gpu_worker.attention.reference import ReferenceAttention
 from gpu_worker.kv_cache import KVCache
+from gpu_worker.models.kernel_parts import KernelLinear
 from gpu_worker.models.layers import Linear, packs
 from gpu_worker.models.registry import load_model
 from gpu_worker.models.spec import LoadedModel, ModelSpec
+from gpu_worker.quantization.products import QuantizedLinear
 from gpu_worker.row_buckets import RowBuckets
 from gpu_worker.self_check import HEAD_BATCHES, ROW_COUNTS, attention_faults, product_faults
 from gpu_worker.startup import load_worker
@@ -50,10 +52,10 @@ def one_thread() -> Iterator[None]:
 class Changed:
     """A product whose result ``change(x, result)`` spoils."""
 
-    def __init__(self, change: Change, out_features: int = 24) -> None:
+    def __init__(self, change: Change, out_features: int = 24, kind: str = "plain") -> None:
         weight = torch.randn(out_features, 40, generator=torch.Generator().manual_seed(1))
         self._linear, self._change = Linear(weight), change
-        self.in_features, self.out_features, self.input_dtype = 40, out_features, torch.float32
+        self.in_features, self.out_features, self.input_dtype, self.kind, self.integers = 40, out_features, torch.float32, kind, None
         self.calls = 0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -134,6 +136,45 @@ def test_every_shape_is_looked_at() -> None:
     verdict = check(Model(linears))
     assert not verdict.bit_exact and all("40 x 16" in reason for reason in verdict.reasons)
     assert sorted(linear.calls > 0 for linear in linears) == [False, True, True, True]     # equal shapes once
+
+
+def test_every_kind_of_weight_is_looked_at() -> None:
+    """Of one shape: what the first finds says nothing of the second."""
+    for linears in ([Changed(unchanged), Changed(remainder_rows, kind="other")], [Changed(remainder_rows, kind="other"), Changed(unchanged)]):
+        model = Model([Changed(unchanged), *linears])
+        verdict = check(model, fingerprint=linears[0].kind)
+        assert not verdict.bit_exact and all(linear.calls for linear in linears)
+
+
+def quantized_llama(path: Path, mode: str) -> LoadedModel:
+    return load_model(write_tiny_llama(path, head_dim=16), dtype="auto", device=CPU, quantization=mode, num_threads=1)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(("mode", "kinds"), [("int8", 2), ("int4", 2)])
+@pytest.mark.parametrize("most", [1, 2**15])
+def test_integer_products_that_saturate_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, kinds: int, kernels: bool, most: int) -> None:
+    """By one product of each kernel whose sums are as large as they get; the model's own are small."""
+    monkeypatch.setenv("FOLOVLLM_DISABLE_KERNELS", "0" if kernels else "1")
+    model = quantized_llama(tmp_path / "model", mode)
+    product = type(model.head())
+    assert product is (KernelLinear if kernels else QuantizedLinear)
+    assert check(model) == self_check.Verdict(True, [])
+    right = product.__call__
+    monkeypatch.setattr(product, "__call__", lambda self, x: right(self, x).clamp(-most, most))
+    verdict = check(model, "saturating")
+    assert not verdict.bit_exact and len(verdict.reasons) == kinds
+    assert all(reason.startswith("sums of the largest integers") for reason in verdict.reasons)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_kinds_tell_weights_and_rows_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, kernels: bool) -> None:
+    monkeypatch.setenv("FOLOVLLM_DISABLE_KERNELS", "0" if kernels else "1")
+    model = quantized_llama(tmp_path / "model", mode)
+    kinds = [product.kind for product in (*model.linears()[:4], model.head())]
+    qkv, output, gate_up, down, head = kinds
+    assert qkv == output == gate_up and (down != qkv, head != qkv) == ((True, False) if mode == "int8" else (False, True)), kinds
 
 
 def test_head_is_looked_at_for_as_many_rows_as_it_meets() -> None:
