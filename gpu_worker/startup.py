@@ -50,7 +50,8 @@ def load_worker(config: EngineConfig) -> LoadedWorker:
     device = choose_device(config.model.device)
     num_threads = choose_threads(config.model.num_threads)
     torch.set_num_threads(num_threads)
-    model = load_model(Path(config.model_dir), dtype=config.model.dtype, quantization=config.model.quantization, device=device,
+    quantization = None if config.model.quantization == "none" else config.model.quantization
+    model = load_model(Path(config.model_dir), dtype=config.model.dtype, quantization=quantization, device=device,
                        kv_cache_dtype=config.model.kv_cache_dtype,
                        max_model_len=config.model.max_model_len, num_threads=num_threads)
     loaded = time.perf_counter()

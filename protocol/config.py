@@ -28,13 +28,17 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     model: Annotated[str, _doc("'default' (SmolLM2-135M-Instruct), a local directory, a GGUF file or a hub id", min_length=1)] = "default"
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], _doc("arithmetic of the weights and of the KV cache; auto: bfloat16 where the device multiplies it fast")] = "auto"
-    quantization: Annotated[Literal["int8", "int4"], _doc("weights of 8 or 4 bits and int8 inputs, on a CPU; made from the checkpoint at the first start; default: weights of dtype")] | None = None
+    quantization: Annotated[Literal["none", "int8", "int4"], _doc("weights of 8 or 4 bits and int8 inputs, on a CPU; made from the checkpoint at the first start; none: weights of dtype")] | None = "none"
     kv_cache_dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8"], _doc("what K and V are stored as; int8: with a scale for each token and head; float16: on a CPU beside dtype float16 only; auto: the model's dtype")] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], _doc("where the worker runs; auto: cuda where there is one")] = "auto"
     max_model_len: Annotated[int, _doc("most tokens of prompt and output together; default: what the model allows", ge=1, le=2**24)] | None = None
     generation_config: Annotated[Literal["auto", "vllm"], _doc("auto: default sampling values from the model's generation_config.json; vllm: neutral ones")] = "auto"
     num_threads: Annotated[int, _doc("threads of the CPU worker; default: CPU affinity and cgroup quota", ge=1, le=1024)] | None = None
     seed: Annotated[int, _doc("mixed into the seed of every request that gives none; default: each request's own key alone", ge=0, le=2**63 - 1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization is None:                     # as vLLM has it
+            msgspec.structs.force_setattr(self, "quantization", "none")
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

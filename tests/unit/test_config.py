@@ -40,6 +40,13 @@ def test_arguments_give_the_config_back():
     assert settings.to_arguments(EngineConfig()) == []
 
 
+def test_no_quantization_has_a_name_and_vllms_none():
+    assert EngineConfig().model.quantization == parse("--quantization", "none").model.quantization == "none"
+    assert parse("--quantization", "none", environ={"FOLOVLLM_QUANTIZATION": "int8"}).model.quantization == "none"
+    assert ModelConfig(quantization=None) == settings.from_values({"quantization": None}).model == ModelConfig(quantization="none")
+    assert settings.to_arguments(settings.from_values({"quantization": None})) == []
+
+
 @pytest.mark.parametrize(("values", "message"), [
     ({"max_num_seqs": 0}, "max_num_seqs: was 0; allowed: an integer in [1, 4096]"),
     ({"max_num_seqs": "8"}, "max_num_seqs: was '8'; allowed: an integer in [1, 4096]"),
@@ -53,6 +60,7 @@ def test_arguments_give_the_config_back():
     ({"window": "x"}, "window: was 'x'"),
     ({"prompt_lookup_min": 5}, "prompt_lookup_min: was 5; allowed: at most prompt_lookup_max = 4"),
     ({"prompt_lookup_max": 1}, "prompt_lookup_min: was 2; allowed: at most prompt_lookup_max = 1"),
+    ({"quantization": "int3"}, "quantization: was 'int3'; allowed: none, int8, int4"),
     ({"speculative": "eagle"}, "speculative: was 'eagle'; allowed: none, ngram"),
     ({"block_size": 16}, "block_size: was 16; allowed: 32"),
     ({"max_num_seq": 1}, "max_num_seq: no such setting; allowed: "),

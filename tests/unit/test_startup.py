@@ -40,6 +40,11 @@ def test_row_padding_is_switched_off_by_the_environment(
     assert load(tiny_llama_dir).runner.buckets.bucket(1) == rows
 
 
+def test_no_quantization_is_the_model_as_it_is(tiny_llama_dir: Path) -> None:
+    worker = load(tiny_llama_dir, quantization="none")
+    assert worker.dtype == "float32" and worker.numerics_fingerprint == load(tiny_llama_dir).numerics_fingerprint
+
+
 def test_fingerprint_names_the_numbers(tiny_llama_dir: Path) -> None:
     same = load(tiny_llama_dir).numerics_fingerprint
     assert load(tiny_llama_dir, SchedulerConfig(max_num_seqs=1)).numerics_fingerprint == same
