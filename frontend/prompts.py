@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from protocol.codec import i32_bytes
-from protocol.messages import MAX_STREAM_INTERVAL, ChatMessage
+from protocol.codec import MAX_STREAM_INTERVAL_TOKENS, i32_bytes
+from protocol.messages import ChatMessage
 from protocol.sampling_params import BadRequest, SamplingParams, WireParams, check_text, to_wire
 
 Prompt = str | list[int] | dict[str, Any]       # text, token ids, or vLLM's dict of either
@@ -146,8 +146,8 @@ def labels(request_ids: Sequence[str] | None, count: int) -> list[str] | None:
 
 def stream_options(stream_interval: int, request_id: str | None) -> dict[str, Any]:
     """The keywords of ``ClientSession.submit`` that a user may choose."""
-    if isinstance(stream_interval, bool) or not isinstance(stream_interval, int) or not 1 <= stream_interval <= MAX_STREAM_INTERVAL:
-        raise BadRequest("stream_interval", f"was {stream_interval!r}; allowed: a number of tokens in [1, {MAX_STREAM_INTERVAL}]")
+    if isinstance(stream_interval, bool) or not isinstance(stream_interval, int) or not 1 <= stream_interval <= MAX_STREAM_INTERVAL_TOKENS:
+        raise BadRequest("stream_interval", f"was {stream_interval!r}; allowed: a number of tokens in [1, {MAX_STREAM_INTERVAL_TOKENS}]")
     if request_id is not None:
         _check_label("request_id", request_id)
     return {"stream_interval": stream_interval, "request_id": request_id}

@@ -16,6 +16,7 @@ import numpy as np
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 BLOCK_SIZE_TOKENS = 32
+MAX_STREAM_INTERVAL_TOKENS = 2**20      # whoever asks: engine or client
 
 Message = TypeVar("Message")
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from protocol.codec import BLOCK_SIZE_TOKENS
+from protocol.codec import BLOCK_SIZE_TOKENS, MAX_STREAM_INTERVAL_TOKENS
 
 
 def _doc(text: str, **bounds: Any) -> Meta:
@@ -71,7 +71,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """How the engine runs as a program."""
 
     run_dir: Annotated[str, _doc("directory of sockets, lock and progress pages, mode 0700; default: $XDG_RUNTIME_DIR/folovllm/default, else ~/.cache/folovllm/run/default", min_length=1)] | None = None
-    stream_interval: Annotated[int, _doc("tokens between two deltas of a stream", ge=1, le=1024)] = 1
+    stream_interval: Annotated[int, _doc("tokens between two deltas of a stream; clients may ask for more", ge=1, le=MAX_STREAM_INTERVAL_TOKENS)] = 1
     shutdown_timeout: Annotated[float, _doc("seconds that open streams get to finish after Ctrl-C or SIGTERM; a second signal ends them at once", ge=0.0, le=3600.0)] = 0.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _doc("least severe lines to log, on stderr")] = "warning"
 

@@ -15,14 +15,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from protocol.codec import Codec
+from protocol.codec import MAX_STREAM_INTERVAL_TOKENS, Codec
 from protocol.sampling_params import MAX_N, TokenParams, WireParams
 from protocol.steps import Count, Hello, LogprobRows, Seed, Serial
 
 Key = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
-MAX_STREAM_INTERVAL = 2**20      # tokens
-StreamInterval = Annotated[int, Meta(ge=1, le=MAX_STREAM_INTERVAL)]
+StreamInterval = Annotated[int, Meta(ge=1, le=MAX_STREAM_INTERVAL_TOKENS)]
 
 
 class Finish(enum.IntEnum):

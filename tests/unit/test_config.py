@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from frontend.prompts import stream_options
 from protocol import config as settings
 from protocol.config import ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 
@@ -47,6 +48,10 @@ def test_no_quantization_has_a_name_and_vllms_none():
     assert settings.to_arguments(settings.from_values({"quantization": None})) == []
 
 
+def test_an_engines_stream_interval_has_the_clients_limit():
+    assert parse("--stream-interval", str(2**20)).run.stream_interval == stream_options(2**20, None)["stream_interval"]
+
+
 @pytest.mark.parametrize(("values", "message"), [
     ({"max_num_seqs": 0}, "max_num_seqs: was 0; allowed: an integer in [1, 4096]"),
     ({"max_num_seqs": "8"}, "max_num_seqs: was '8'; allowed: an integer in [1, 4096]"),
@@ -61,6 +66,7 @@ def test_no_quantization_has_a_name_and_vllms_none():
     ({"prompt_lookup_min": 5}, "prompt_lookup_min: was 5; allowed: at most prompt_lookup_max = 4"),
     ({"prompt_lookup_max": 1}, "prompt_lookup_min: was 2; allowed: at most prompt_lookup_max = 1"),
     ({"quantization": "int3"}, "quantization: was 'int3'; allowed: none, int8, int4"),
+    ({"stream_interval": 2**20 + 1}, "stream_interval: was 1048577; allowed: an integer in [1, 1048576]"),
     ({"speculative": "eagle"}, "speculative: was 'eagle'; allowed: none, ngram"),
     ({"block_size": 16}, "block_size: was 16; allowed: 32"),
     ({"max_num_seq": 1}, "max_num_seq: no such setting; allowed: "),
