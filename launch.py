@@ -187,7 +187,8 @@ class Engine:
     def _why(self, child: Child) -> str:
         page = self._page_of(child.role)
         told = page.get_text("error") if page else ""
-        return told or f"{child.role} {how_it_ended(child.process.returncode)} while starting; its log is above"
+        where = "" if child.process.returncode < 0 else "; what it said, if anything, is above"     # a signal leaves no word
+        return told or f"{child.role} {how_it_ended(child.process.returncode)} while starting{where}"
 
     def _facts(self, seconds: float) -> dict:
         worker = self._page_of("worker")
@@ -269,8 +270,10 @@ def run_resolver(module: str, arguments: list[str], wakeups: Wakeups) -> str:
             if sys.stderr.isatty():
                 print(SHOW_CURSOR, end="", file=sys.stderr, flush=True)     # its progress bar had hidden it
     lines = process.stdout.read().decode().splitlines()
+    if process.returncode < 0:
+        raise StartError(f"model: the process that fetches and converts it {how_it_ended(process.returncode)}")
     if process.returncode or not lines:
-        raise StartError(f"model: {lines[-1] if lines else 'could not be fetched or converted; the reason is above'}")
+        raise StartError(f"model: {lines[-1] if lines else 'could not be fetched or converted; the reason, if one was given, is above'}")
     return lines[-1]
 
 

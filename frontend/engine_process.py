@@ -80,7 +80,7 @@ class EngineProcess:
             if not chunk:
                 code = self._process.wait()
                 raise EngineNotRunning(f"the engine ended with code {code} before it was ready;"
-                                       " what it said is above, on stderr")
+                                       " what it said, if anything, is above, on stderr")
             text += chunk
         report = json.loads(text)
         if "error" in report:

@@ -18,6 +18,7 @@ import pytest
 import launch
 from frontend.status import process_state
 from protocol.config import EngineConfig
+from protocol.progress import ProgressPage
 from protocol.run_dir import RunDir
 from protocol.thread_settings import with_own_threads
 from tiny_models import write_byte_tokenizer
@@ -176,3 +177,33 @@ def test_a_first_start_that_is_ended(tmp_path: Path, how: signal.Signals) -> Non
             assert not (tmp_path / "run").exists()
     finally:
         first.close()
+
+
+@pytest.mark.parametrize(("end", "said"), [
+    ("os.kill(os.getpid(), 9)", "worker was killed by SIGKILL while starting"),
+    ("os.kill(os.getpid(), signal.SIGBUS)", "worker was killed by SIGBUS while starting"),
+    ("os._exit(3)", "worker exited with code 3 while starting; what it said, if anything, is above")])
+def test_a_child_that_dies_without_a_word_is_no_reason_to_look_for_its_log(tmp_path: Path, end: str, said: str) -> None:
+    engine = launch.Engine(EngineConfig(), RunDir(tmp_path), None)
+    process = start("-c", f"import os, signal; {end}")
+    process.communicate(timeout=60)
+    child = launch.Child("worker", process, -1)
+    assert engine._why(child) == said
+    ProgressPage.create(engine.run_dir.page("worker"), "worker", epoch=1, gen=1).set_text("error", "model: is wrong")
+    assert engine._why(child) == "model: is wrong"
+
+
+@pytest.mark.parametrize(("end", "said"), [
+    ("os.kill(os.getpid(), 9)", "model: the process that fetches and converts it was killed by SIGKILL"),
+    ("os._exit(3)", "model: could not be fetched or converted; the reason, if one was given, is above"),
+    ("print('the disk is full'); sys.exit(1)", "model: the disk is full")])
+def test_a_model_that_is_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str, said: str) -> None:
+    (tmp_path / "resolver_stand_in.py").write_text(f"import os, sys\n{end}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    class NoWakeups:
+        sleep = staticmethod(time.sleep)
+
+    with pytest.raises(launch.StartError) as caught:
+        launch.run_resolver("resolver_stand_in", [], NoWakeups)
+    assert str(caught.value) == said
