@@ -54,7 +54,7 @@ try:
     from frontend.llm_engine import LLM, LLMEngine
     from frontend.outputs import CompletionOutput, RequestOutput
     from protocol.config import ConfigError, ModelConfig, SchedulerConfig
-    from protocol.sampling_params import BadRequest, SamplingParams
+    from protocol.sampling_params import BadRequest, RequestOutputKind, SamplingParams
 finally:
     sys.path.remove(_root)
     for _package in _PACKAGES:
@@ -65,5 +65,5 @@ finally:
 __version__ = "0.1.0"
 __all__ = [
     "AsyncClient", "BadRequest", "Client", "CompletionOutput", "ConfigError", "EngineDead", "EngineNotRunning", "LLM",
-    "LLMEngine", "ModelConfig", "RequestFailed", "RequestOutput", "SamplingParams", "SchedulerConfig",
+    "LLMEngine", "ModelConfig", "RequestFailed", "RequestOutput", "RequestOutputKind", "SamplingParams", "SchedulerConfig",
 ]

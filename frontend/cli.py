@@ -17,7 +17,7 @@ from frontend.status import no_engine, read_status
 from protocol.run_dir import locate
 from protocol.sampling_params import BadRequest, SamplingParams
 
-NOT_SHOWN = {"logprobs", "prompt_logprobs", "detokenize"}    # a terminal shows text alone
+NOT_SHOWN = {"logprobs", "prompt_logprobs", "detokenize", "output_kind"}    # a terminal shows text alone
 COMPLETE_MAX_TOKENS = 128
 CHAT_HELP = "/clear forgets the conversation, Ctrl-C ends an answer, Ctrl-D leaves"
 

@@ -98,8 +98,9 @@ class Client(ClientConnection):
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0,
                stream_interval: int = 1, request_id: str | None = None) -> TokenStream:
-        """Continue ``prompt``; deltas of at least ``stream_interval`` tokens as they come."""
-        return self._stream(one_job(raw_job, prompt, params, SamplingParams(), priority), stream_options(stream_interval, request_id))
+        """Continue ``prompt``; deltas of at least ``stream_interval`` tokens as they come, or what ``params.output_kind`` says."""
+        job = one_job(raw_job, prompt, params, SamplingParams(), priority)
+        return self._stream(job, stream_options(stream_interval, request_id, job.output_kind))
 
     def chat(self, messages: Messages | str, params: Params = None, *, stream: bool = True, priority: int = 0,
              stream_interval: int = 1, request_id: str | None = None,
@@ -110,7 +111,7 @@ class Client(ClientConnection):
         """
         if stream:
             job = one_job(chat_job, messages, params, WHOLE_CONTEXT, priority)
-            return self._stream(job, stream_options(stream_interval, request_id))
+            return self._stream(job, stream_options(stream_interval, request_id, job.output_kind))
         jobs = make_jobs(conversations(messages), chat_job)
         return self._run(with_params(jobs, params, WHOLE_CONTEXT, priority), None, on_finish)
 
@@ -269,9 +270,9 @@ class AsyncClient(ClientConnection):
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0,
                stream_interval: int = 1, request_id: str | None = None) -> AsyncTokenStream:
-        """Continue ``prompt``; deltas of at least ``stream_interval`` tokens as they come."""
+        """Continue ``prompt``; deltas of at least ``stream_interval`` tokens as they come, or what ``params.output_kind`` says."""
         job = one_job(raw_job, prompt, params, SamplingParams(), priority)
-        return AsyncTokenStream(self, job, stream_options(stream_interval, request_id))
+        return AsyncTokenStream(self, job, stream_options(stream_interval, request_id, job.output_kind))
 
     def chat(self, messages: Messages | str, params: SamplingParams | None = None, *, priority: int = 0,
              stream_interval: int = 1, request_id: str | None = None) -> AsyncTokenStream:
@@ -280,7 +281,7 @@ class AsyncClient(ClientConnection):
         Without params the answer may take all of the context.
         """
         job = one_job(chat_job, messages, params, WHOLE_CONTEXT, priority)
-        return AsyncTokenStream(self, job, stream_options(stream_interval, request_id))
+        return AsyncTokenStream(self, job, stream_options(stream_interval, request_id, job.output_kind))
 
     async def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None, *,
                        priority: int | Sequence[int] = 0,

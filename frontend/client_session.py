@@ -25,7 +25,7 @@ from protocol.messages import (
     AbortStream, AcceptedStream, Connect, Delta, Error, Finish, Generate, OutputKind, Welcome, from_sdk,
     to_sdk,
 )
-from protocol.sampling_params import BadRequest, SamplingParams
+from protocol.sampling_params import BadRequest, RequestOutputKind, SamplingParams
 
 MAX_OPEN_CHILDREN = 2048     # of one batch at a time; the rest waits here, so no queue overflows
 DEAD_CODES = {finish.name.lower() for finish in (Finish.ENGINE_LOST, Finish.SHUTDOWN)}
@@ -37,6 +37,7 @@ class PendingRequest:
     def __init__(self, key: bytes, request_id: str, job: Job, streams: bool,
                  on_news: Callable[["PendingRequest"], None] | None) -> None:
         self.key, self.job, self.streams, self.on_news = key, job, streams, on_news
+        self.output_kind = job.output_kind or (RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY)
         self.output = RequestOutput(request_id, job.prompt)
         self.output.outputs = [CompletionOutput(i) for i in range(job.params.n)]
         self.deltas: deque[OutputDelta] = deque()      # of a stream: not yet yielded
@@ -71,8 +72,7 @@ class PendingRequest:
         output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
         if self.streams:
             self._delta_times_s.append(time.monotonic())
-            self.deltas.append(OutputDelta(delta.index, delta.text, token_ids, logprobs,
-                                           delta.finish_reason, delta.stop_reason))
+            self._show(output, OutputDelta(delta.index, delta.text, token_ids, logprobs, delta.finish_reason, delta.stop_reason))
         if delta.usage is not None:
             self.output.num_cached_tokens = delta.usage.cached_tokens
         if delta.metrics is not None:
@@ -80,6 +80,15 @@ class PendingRequest:
             self.output.metrics = to_metrics(delta.metrics, longest, self._delta_times_s)
         if delta.usage is not None:
             self.end()
+
+    def _show(self, output: CompletionOutput, gained: OutputDelta) -> None:
+        """To the reader of a stream, as it wants it; ``output`` has taken ``gained`` in."""
+        if self.output_kind is RequestOutputKind.DELTA:
+            self.deltas.append(gained)
+        elif self.output_kind is RequestOutputKind.CUMULATIVE or gained.finish_reason is not None:
+            logprobs = None if output.logprobs is None else list(output.logprobs)
+            self.deltas.append(OutputDelta(output.index, output.text, list(output.token_ids), logprobs,
+                                           output.finish_reason, output.stop_reason))
 
     def end(self, error: Exception | None = None) -> None:
         if not self.ended:
@@ -120,7 +129,7 @@ class ClientSession:
         request = PendingRequest(key, request_id or str(self._count - 1), job, streams, on_news)
         self.outbox.append(from_sdk.encode(Generate(
             key=key, text=job.text, token_ids=job.token_ids, messages=job.messages, params=job.params,
-            priority=job.priority, output_kind=OutputKind.DELTA if streams else OutputKind.FINAL,
+            priority=job.priority, output_kind=_on_the_wire(request),
             stream_interval=stream_interval, seed=seed, cache_salt=job.cache_salt)))
         self._open[key] = request
         return request
@@ -243,6 +252,11 @@ class Batch:
             self._ended.append(request)
             if self._on_news is not None:
                 self._on_news()
+
+
+def _on_the_wire(request: PendingRequest) -> OutputKind:
+    """Who is shown nothing before the end needs nothing sent before it."""
+    return OutputKind.DELTA if request.streams and request.output_kind is not RequestOutputKind.FINAL_ONLY else OutputKind.FINAL
 
 
 def _to_exception(error: Error) -> Exception:

@@ -64,7 +64,8 @@ class RequestOutput(msgspec.Struct):
 
 
 class OutputDelta(msgspec.Struct):
-    """What one continuation gained since the last delta of a stream."""
+    """What one continuation gained since the last delta of a stream; with another ``output_kind``
+    than DELTA all that it has so far."""
 
     index: int
     text: str

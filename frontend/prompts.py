@@ -14,7 +14,7 @@ import msgspec
 
 from protocol.codec import MAX_STREAM_INTERVAL_TOKENS, i32_bytes
 from protocol.messages import ChatMessage
-from protocol.sampling_params import BadRequest, SamplingParams, WireParams, check_text, to_wire
+from protocol.sampling_params import BadRequest, RequestOutputKind, SamplingParams, WireParams, check_text, to_wire
 
 Prompt = str | list[int] | dict[str, Any]       # text, token ids, or vLLM's dict of either
 Messages = list[dict[str, str]]                 # one conversation
@@ -31,6 +31,7 @@ class Job(msgspec.Struct):
     params: WireParams | None = None
     seed: int | None = None
     priority: int = 0
+    output_kind: RequestOutputKind | None = None     # None: as the call has it
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -90,7 +91,7 @@ def conversations(messages: Messages | Sequence[Messages] | str) -> list[Message
 
 def with_params(
     jobs: list[Job], params: SamplingParams | Sequence[SamplingParams] | None,
-    default: SamplingParams, priority: int | Sequence[int] = 0,
+    default: SamplingParams, priority: int | Sequence[int] = 0, streams: bool = False,
 ) -> list[Job]:
     """Give each job its parameters: one for all, or one per prompt."""
     if isinstance(params, (list, tuple)) and len(params) != len(jobs):
@@ -108,6 +109,10 @@ def with_params(
             job.params = to_wire(own)
         except BadRequest as error:
             raise at_index(error, i, len(jobs)) from None
+        if own.output_kind is RequestOutputKind.DELTA and not streams:
+            raise at_index(BadRequest("output_kind", "was DELTA in a call that returns the whole; allowed: CUMULATIVE or FINAL_ONLY,"
+                                      " or a stream"), i, len(jobs))
+        job.output_kind = own.output_kind
         job.seed = None if own.seed is None else own.seed % 2**64
         job.priority = _priority(priority[i] if isinstance(priority, (list, tuple)) else priority)
     return jobs
@@ -128,7 +133,7 @@ def one_job(make: Any, prompt: Any, params: SamplingParams | None, default: Samp
     """The single job of a stream."""
     if isinstance(params, (list, tuple)):
         raise BadRequest("params", "was a list; allowed for one prompt: SamplingParams")
-    return with_params([make(prompt)], params, default, priority)[0]
+    return with_params([make(prompt)], params, default, priority, streams=True)[0]
 
 
 def labels(request_ids: Sequence[str] | None, count: int) -> list[str] | None:
@@ -144,10 +149,12 @@ def labels(request_ids: Sequence[str] | None, count: int) -> list[str] | None:
     return list(request_ids)
 
 
-def stream_options(stream_interval: int, request_id: str | None) -> dict[str, Any]:
+def stream_options(stream_interval: int, request_id: str | None, output_kind: RequestOutputKind | None = None) -> dict[str, Any]:
     """The keywords of ``ClientSession.submit`` that a user may choose."""
     if isinstance(stream_interval, bool) or not isinstance(stream_interval, int) or not 1 <= stream_interval <= MAX_STREAM_INTERVAL_TOKENS:
         raise BadRequest("stream_interval", f"was {stream_interval!r}; allowed: a number of tokens in [1, {MAX_STREAM_INTERVAL_TOKENS}]")
+    if output_kind is RequestOutputKind.FINAL_ONLY and stream_interval != 1:
+        raise BadRequest("stream_interval", f"was {stream_interval} beside output_kind FINAL_ONLY; allowed: 1, or another output_kind")
     if request_id is not None:
         _check_label("request_id", request_id)
     return {"stream_interval": stream_interval, "request_id": request_id}

@@ -8,6 +8,7 @@ token ids: frontend → core → worker.  A field left at None takes the model's
 
 from __future__ import annotations
 
+import enum
 import math
 from typing import Annotated, Any
 
@@ -39,6 +40,14 @@ class BadRequest(ValueError):
         self.field, self.message, self.code = field, message, code
 
 
+class RequestOutputKind(enum.Enum):
+    """What an iterator over a request yields; vLLM's names and values."""
+
+    CUMULATIVE = 0      # all so far, each time
+    DELTA = 1           # what is new
+    FINAL_ONLY = 2      # the whole, at the end
+
+
 class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How to continue a prompt.  Names and meanings are vLLM's; the command line's sampling
     flags and their help are derived from here."""
@@ -65,6 +74,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     skip_special_tokens: Annotated[bool, _doc("leave special tokens out of the text")] = True
     include_stop_str_in_output: Annotated[bool, _doc("keep the stop string at the end of the text")] = False
     detokenize: Annotated[bool, _doc("give text, not token ids alone")] = True
+    output_kind: Annotated[RequestOutputKind | None, _doc("what a stream yields; None: DELTA")] = None
 
     def __post_init__(self) -> None:
         validate(self)
@@ -267,6 +277,8 @@ def validate(params: SamplingParams) -> None:
     for field in _FLAGS:
         if not isinstance(getattr(params, field), bool):
             raise BadRequest(field, f"was {getattr(params, field)!r}; allowed: True or False")
+    if not isinstance(params.output_kind, RequestOutputKind | None):
+        raise BadRequest("output_kind", f"was {params.output_kind!r}; allowed: {', '.join(map(str, RequestOutputKind))} or None")
     for field in ("stop_token_ids", "allowed_token_ids"):
         _check_ids(field, getattr(params, field))
     _check_bias(params.logit_bias)

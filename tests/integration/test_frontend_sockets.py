@@ -16,7 +16,7 @@ from frontend_fakes import FakeTokenizer
 from frontend_harness import FrontendHarness, expected, expected_text
 from protocol.messages import Drain, PeerDied
 from protocol.progress import State
-from protocol.sampling_params import BadRequest, SamplingParams
+from protocol.sampling_params import BadRequest, RequestOutputKind, SamplingParams
 from protocol.transport import Link, new_context
 
 TEN = SamplingParams(max_tokens=10)
@@ -52,6 +52,17 @@ def test_stream_gives_deltas_and_the_whole(client: Client) -> None:
     assert output.outputs[0].token_ids == expected([1], 10) and output.prompt_token_ids == [3, 1]
     assert output.finished and output.outputs[0].finish_reason == "length" and output.metrics is not None
     assert len(output.metrics.inter_token_times_s) > 1 and (client.model, client.max_model_len) == ("fake", 10_000)
+
+
+def test_stream_gives_what_its_output_kind_says(client: Client) -> None:
+    growing = list(client.stream([1], SamplingParams(max_tokens=10, output_kind=RequestOutputKind.CUMULATIVE)))
+    assert len(growing) > 1 and all(a.text < b.text for a, b in zip(growing, growing[1:]))
+    final, = client.stream([1], SamplingParams(max_tokens=10, output_kind=RequestOutputKind.FINAL_ONLY))
+    assert final == growing[-1] and (final.token_ids, final.text, final.finish_reason) == (expected([1], 10), expected_text([1], 10), "length")
+    with pytest.raises(BadRequest, match=r"output_kind: was DELTA .*; allowed: CUMULATIVE or FINAL_ONLY, or a stream"):
+        client.generate([[1]], SamplingParams(output_kind=RequestOutputKind.DELTA))
+    with pytest.raises(BadRequest, match="stream_interval: was 2 beside output_kind FINAL_ONLY; allowed: 1"):
+        client.stream([1], SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY), stream_interval=2)
 
 
 def test_generate_keeps_input_order_and_takes_params_for_each(client: Client) -> None:
@@ -256,6 +267,8 @@ def test_async_generate_and_batch(engine: FrontendHarness) -> None:
         client = AsyncClient(engine.run_dir)
         one, two = await asyncio.gather(client.generate([[1], [2]], TEN),
                                         client.generate_batch(["c"], TEN, request_ids=["id"]))
+        final, = [delta async for delta in client.stream([1], SamplingParams(max_tokens=10, output_kind=RequestOutputKind.FINAL_ONLY))]
+        assert final.token_ids == expected([1], 10)
         assert [o.outputs[0].token_ids for o in one] == [expected([1], 10), expected([2], 10)]
         assert two["id"].outputs[0].text == expected_text([3], 10)
         with pytest.raises(BadRequest, match=r"prompts\[0\]"):

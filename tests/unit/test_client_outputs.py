@@ -8,7 +8,7 @@ import pytest
 
 from frontend.client_session import MAX_OPEN_CHILDREN, Batch, ClientSession
 from frontend.errors import EngineDead, RequestFailed
-from frontend.outputs import unpack_logprobs
+from frontend.outputs import RequestOutput, unpack_logprobs
 from frontend.prompts import (
     chat_job, conversations, labels, make_jobs, one_job, prompt_list, raw_job, stream_options, turn_job, with_params,
 )
@@ -18,7 +18,7 @@ from protocol.messages import (
     AbortStream, AcceptedStream, Connect, Delta, Error, Generate, OutputKind, StreamMetrics, Usage, Welcome,
     from_sdk, to_sdk,
 )
-from protocol.sampling_params import BadRequest, SamplingParams
+from protocol.sampling_params import BadRequest, RequestOutputKind, SamplingParams
 from protocol.steps import LogprobRows
 
 GREEDY = SamplingParams(temperature=0)
@@ -74,6 +74,51 @@ def test_a_stream_yields_deltas_and_fills_its_output() -> None:
     assert (metrics.queue_time_s, metrics.time_to_first_token_s, metrics.num_preemptions) == (0.5, 1.0, 2)
     assert metrics.mean_inter_token_time_s == 1.0 and len(metrics.inter_token_times_s) == 1
     assert engine.session.num_open == 0
+
+
+def streamed(kind: RequestOutputKind | None) -> tuple[Generate, list, RequestOutput]:
+    """What is asked of the engine, what the stream yields, and its output in the end; two continuations of 3 and 1 tokens."""
+    engine = Engine()
+    job = one_job(raw_job, "hi", SamplingParams(n=2, logprobs=0, output_kind=kind), SamplingParams(), 0)
+    request = engine.session.submit(job, streams=True)
+    message, = engine.sent()
+    engine.accept(message)
+
+    def delta(tokens: list[int], **fields: object) -> None:
+        packed = LogprobRows(1, i32_bytes(tokens), rows(tokens, 1)[1].tobytes(), i32_bytes([1] * len(tokens)))
+        engine.delta(message.key, tokens, logprobs=packed, **fields)
+
+    delta([1, 2])
+    delta([9], index=1, finish="stop", end=False)
+    delta([3], at=2, finish="length")
+    return message, list(request.deltas), request.output
+
+
+def test_a_stream_yields_what_its_output_kind_says() -> None:
+    message, deltas, whole = streamed(None)
+    assert message.output_kind is OutputKind.DELTA
+    assert [(d.index, d.text, d.token_ids, len(d.logprobs), d.finish_reason) for d in deltas] == [
+        (0, "ab", [1, 2], 2, None), (1, "i", [9], 1, "stop"), (0, "c", [3], 1, "length")]
+    assert streamed(RequestOutputKind.DELTA)[1] == deltas
+
+    message, growing, output = streamed(RequestOutputKind.CUMULATIVE)
+    assert message.output_kind is OutputKind.DELTA
+    assert [(d.index, d.text, d.token_ids, len(d.logprobs), d.finish_reason) for d in growing] == [
+        (0, "ab", [1, 2], 2, None), (1, "i", [9], 1, "stop"), (0, "abc", [1, 2, 3], 3, "length")]
+
+    message, final, last_output = streamed(RequestOutputKind.FINAL_ONLY)
+    assert message.output_kind is OutputKind.FINAL
+    assert final == growing[1:]                                # one of each continuation, though it came in pieces
+    for each in (output, last_output):
+        assert each.outputs == whole.outputs and each.finished
+
+
+@pytest.mark.parametrize("kind", [None, RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY])
+def test_the_whole_is_sent_once_whatever_was_asked(kind: RequestOutputKind | None) -> None:
+    engine = Engine()
+    Batch(engine.session, jobs_of("a", params=SamplingParams(output_kind=kind)))
+    message, = engine.sent()
+    assert message.output_kind is OutputKind.FINAL
 
 
 def test_logprobs_have_ranks_texts_and_a_sum_in_fp64() -> None:
@@ -262,6 +307,8 @@ def test_one_conversation_or_several() -> None:
     (lambda: with_params(make_jobs(["a"], raw_job), None, GREEDY, [1, 2]), "priority"),
     (lambda: with_params(make_jobs(["a"], raw_job), None, GREEDY, 2**31), "priority"),
     (lambda: one_job(raw_job, "a", [GREEDY], GREEDY, 0), "params"),
+    (lambda: jobs_of("a", params=SamplingParams(output_kind=RequestOutputKind.DELTA)), "output_kind"),
+    (lambda: stream_options(2, None, RequestOutputKind.FINAL_ONLY), "stream_interval"),
     (lambda: labels(["x"], 2), "request_ids"),
     (lambda: labels(["x", "x"], 2), "request_ids"),
     (lambda: labels(["x", 5], 2), "request_ids"),
