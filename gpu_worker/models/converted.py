@@ -7,17 +7,15 @@ start that finds everything in place must cost nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
-from typing import Callable, TextIO
+from typing import Callable
 
-from protocol.cache_dir import cache_dir
+from protocol.cache_dir import cache_dir, flush, taken
 from protocol.parent_death import die_with_parent
 
 
@@ -44,8 +42,7 @@ def make_once(name: str, make: Callable[[Path], None]) -> Path:
     if place.is_dir():
         return place
     models_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(models_dir() / ".lock", "w") as lock:
-        _take(lock)
+    with taken(models_dir() / ".lock", "makes a model ready"):
         if place.is_dir():
             return place
         for left_over in models_dir().glob(".making-*"):
@@ -53,29 +50,12 @@ def make_once(name: str, make: Callable[[Path], None]) -> Path:
         beside = Path(tempfile.mkdtemp(prefix=".making-", dir=models_dir()))
         try:
             make(beside)
-            _flush(beside)
+            for path in (*beside.iterdir(), beside):
+                flush(path)
             beside.rename(place)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return place
-
-
-def _take(lock: TextIO) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print("folovllm: waiting for another process that makes a model ready ...", file=sys.stderr, flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-
-
-def _flush(folder: Path) -> None:
-    """To the disk: a power failure must not leave half a file under the final name."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def content_hash(path: Path) -> str:
