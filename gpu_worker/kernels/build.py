@@ -1,7 +1,9 @@
 """Compiles the kernels for the instructions that this CPU has: once, into the cache directory.
 
 Called by ``library.py`` at start.  The file name is a hash over sources, flags and compiler, so
-a library that is found is the right one; it is written beside its place and renamed.
+a library that is found is the right one; it is written beside its place and renamed.  Behind the
+library, where no loader looks, stands its sha256: half a library would end the process that opens
+it, by a signal, so one that is not what was written is compiled anew.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.cache_dir import cache_dir
+from protocol.cache_dir import cache_dir, flush, taken
 
 SOURCES = Path(__file__).resolve().parent
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
 LONGEST, LONGEST_FLAGS = "attention.cpp", ("-O2",)       # half of all there is to compile; a sixth sooner so, and as fast
 COMPILERS = ("g++", "c++", "clang++")
 TIMEOUT_S = 120.0
+BUILDING = ".building-"
+DIGEST_BYTES = 32
 
 
 class KernelsUnavailable(RuntimeError):
@@ -66,14 +70,38 @@ def build(level: Level, extra: tuple[str, ...] = ()) -> Path:
     compiler = _compiler()
     flags = (*COMMON_FLAGS, *level.options, *extra)
     place = cache_dir() / "kernels" / f"{level.name}-{_key(compiler, flags)}.so"
-    if not place.is_file():
-        try:
+    try:
+        if not _is_whole(place):
             place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(prefix=".building-", dir=place.parent) as folder:
-                _compile(compiler, flags, Path(folder)).replace(place)
-        except OSError as error:
-            raise KernelsUnavailable(f"{place.parent}: {error.strerror or error}") from None
+            with taken(place.parent / ".lock", "compiles the kernels"):
+                if not _is_whole(place):
+                    _make(compiler, flags, place)
+    except OSError as error:
+        raise KernelsUnavailable(f"{place.parent}: {error.strerror or error}") from None
     return place
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether the library is there, and is what was written: about 1 ms."""
+    try:
+        content = place.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content[-DIGEST_BYTES:] == hashlib.sha256(content[:-DIGEST_BYTES]).digest()
+
+
+def _make(compiler: str, flags: tuple[str, ...], place: Path) -> None:
+    """Compiles the library beside its place; on the disk before it has its name."""
+    for left_over in place.parent.glob(f"{BUILDING}*"):      # of a process that was killed: no other one has the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=BUILDING, dir=place.parent) as folder:
+        library = _compile(compiler, flags, Path(folder))
+        with library.open("r+b") as opened:
+            digest = hashlib.file_digest(opened, "sha256").digest()
+            opened.write(digest)
+        flush(library)
+        library.replace(place)
+    flush(place.parent)
 
 
 def _compiler() -> str:

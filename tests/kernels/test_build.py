@@ -29,12 +29,52 @@ def test_compiled_once_and_found_again(compiler):
     calls = compiler(WRITES_OUTPUT)
     place = build(AVX2)
     assert place.is_file() and place.name.startswith("avx2-") and place.suffix == ".so"
-    assert sorted(path.name for path in place.parent.iterdir()) == [place.name]      # nothing else is left
+    assert sorted(path.name for path in place.parent.iterdir()) == [".lock", place.name]      # nothing else is left
     assert place.parent.stat().st_mode & 0o777 == 0o700
     count = len(calls())
     assert count == 3 and all("-mavx2" in call for call in calls()[:-1])
     assert build(AVX2) == place and len(calls()) == count
     assert build(AVX2, ("-DOTHER",)) != place and build(LEVELS[0]) != place
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: content[:1], lambda content: content[:-1], lambda content: content[:1] + b"!" + content[2:],
+    lambda content: content + b"\n"])
+def test_a_damaged_library_is_compiled_anew(compiler, damage):
+    calls = compiler(WRITES_OUTPUT)
+    place = build(AVX2)
+    content, count = place.read_bytes(), len(calls())
+    place.write_bytes(damage(content))
+    assert build(AVX2) == place and place.read_bytes() == content and len(calls()) == 2 * count
+    assert build(AVX2) == place and len(calls()) == 2 * count
+
+
+def test_a_library_is_on_the_disk_before_it_has_its_name(compiler, monkeypatch):
+    compiler(WRITES_OUTPUT)
+    place = build(AVX2)
+    place.unlink()
+    flushed = []
+    monkeypatch.setattr(builder, "flush", lambda path: flushed.append((path.name, [each.name for each in place.parent.glob("*.so")])))
+    build(AVX2)
+    assert flushed == [("kernels.so", []), ("kernels", [place.name])]
+
+
+def test_what_a_killed_compile_left_is_cleared(compiler):
+    compiler(WRITES_OUTPUT)
+    place = build(AVX2)
+    place.unlink()
+    left_over = place.parent / ".building-killed"
+    left_over.mkdir()
+    (left_over / "attention.o").touch()
+    build(AVX2)
+    assert not left_over.exists()
+
+
+def test_a_library_that_is_there_is_found_where_nothing_can_be_written(compiler, monkeypatch):
+    compiler(WRITES_OUTPUT)
+    place = build(AVX2)
+    monkeypatch.setattr(builder, "taken", None)      # the lock is a file that is written
+    assert build(AVX2) == place
 
 
 def test_every_source_is_in_one_unit(compiler, tmp_path):
