@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-from gpu_worker.kernels.build import Level, best_level, build, cpu_flags
+from gpu_worker.kernels.build import KernelsUnavailable, Level, best_level, build, cpu_flags
 
 _ADDRESS, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -58,7 +58,10 @@ class Library:
         """Compiled now if need be; KernelsUnavailable says why there is none."""
         level = level or best_level(cpu_flags())
         path = build(level, extra)
-        functions = ctypes.CDLL(str(path))
+        try:
+            functions = ctypes.CDLL(str(path))
+        except OSError as error:        # a file system that nothing is run from, a library of OpenMP that is missing
+            raise KernelsUnavailable(str(error)) from None
         for name, arguments in SIGNATURES.items():
             function = getattr(functions, name)
             function.argtypes, function.restype = arguments, None

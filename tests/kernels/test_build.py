@@ -1,9 +1,12 @@
 """When the library is compiled, and what is said where it cannot be: a compiler of our own stands in."""
 
 import pytest
+import torch
 
 from gpu_worker.kernels import build as builder
 from gpu_worker.kernels.build import LEVELS, KernelsUnavailable, best_level, build
+from gpu_worker.kernels.library import Library
+from gpu_worker.models.cpu_kernels import CpuKernels
 
 AVX2 = LEVELS[-1]
 WRITES_OUTPUT = 'while [ "$1" != -o ]; do shift; done; echo x > "$2"'
@@ -57,6 +60,15 @@ def test_a_library_is_on_the_disk_before_it_has_its_name(compiler, monkeypatch):
     monkeypatch.setattr(builder, "flush", lambda path: flushed.append((path.name, [each.name for each in place.parent.glob("*.so")])))
     build(AVX2)
     assert flushed == [("kernels.so", []), ("kernels", [place.name])]
+
+
+def test_a_library_that_cannot_be_opened_is_a_reason(compiler):
+    """As on a file system that runs nothing; torch then does the work, and this is what is told."""
+    compiler(WRITES_OUTPUT)
+    with pytest.raises(KernelsUnavailable, match=r"avx.*\.so: file too short"):
+        Library.open(AVX2)
+    kernels, reason = CpuKernels.open(torch.device("cpu"), 1)
+    assert kernels is None and "file too short" in reason
 
 
 def test_what_a_killed_compile_left_is_cleared(compiler):
