@@ -105,9 +105,12 @@ def _make(compiler: str, flags: tuple[str, ...], place: Path) -> None:
 
 
 def _compiler() -> str:
-    for name in (os.environ.get("CXX"), *COMPILERS):
-        if name and (found := shutil.which(name)):
+    asked = os.environ.get("CXX")
+    for name in (asked,) if asked else COMPILERS:
+        if found := shutil.which(name):
             return found
+    if asked:
+        raise KernelsUnavailable(f"CXX: was {asked!r}; allowed: the name or the path of a C++ compiler")
     raise KernelsUnavailable(f"no C++ compiler was found ({', '.join(COMPILERS)}, or CXX in the environment)")
 
 
@@ -147,6 +150,8 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         raise KernelsUnavailable(f"{command[0]} was not done after {TIMEOUT_S:.0f} s") from None
+    except OSError as error:
+        raise KernelsUnavailable(f"{command[0]}: {error.strerror}") from None
 
 
 def _first_error(stderr: bytes) -> str:

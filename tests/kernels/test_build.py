@@ -118,6 +118,22 @@ def test_no_compiler_is_said(compiler, monkeypatch, tmp_path):
         build(AVX2)
 
 
+@pytest.mark.parametrize("name", ["/nonexistent", "no-such-compiler", "/tmp"])
+def test_a_compiler_asked_for_that_is_none_is_said(compiler, monkeypatch, tmp_path, name):
+    """And no other one taken in its place."""
+    monkeypatch.setenv("FOLOVLLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", name)
+    with pytest.raises(KernelsUnavailable, match=f"CXX: was '{name}'; allowed: the name or the path of a C.. compiler"):
+        build(AVX2)
+
+
+def test_a_compiler_that_cannot_be_run_is_said(compiler, tmp_path):
+    compiler("")
+    (tmp_path / "compiler").write_bytes(b"\x7fELF")
+    with pytest.raises(KernelsUnavailable, match="compiler: Exec format error"):
+        build(AVX2)
+
+
 def test_cache_that_cannot_be_written_is_said(compiler, tmp_path):
     compiler(WRITES_OUTPUT)
     (tmp_path / "cache").write_text("a file where a directory should be")
