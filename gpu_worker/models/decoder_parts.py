@@ -170,3 +170,9 @@ def projection_shapes(config: DecoderConfig) -> dict[str, tuple[tuple[int, int],
     query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {"qkv": ((query, hidden), (kv, hidden), (kv, hidden)), "output": ((hidden, query),),
             "gate_up": ((inner, hidden), (inner, hidden)), "down": ((hidden, inner),)}
+
+
+def weight_bytes(config: DecoderConfig, each: float, each_of_head: float) -> int:
+    """About what the model's files take, when so many bytes hold a weight and the embedding is bfloat16."""
+    layer = sum(out * inputs for shapes in projection_shapes(config).values() for out, inputs in shapes)
+    return int(config.num_layers * layer * each + config.vocab_size * config.hidden_size * (2 + each_of_head))

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gpu_worker.kernels import panels
@@ -26,6 +25,7 @@ from gpu_worker.kernels.huge_pages import HugePages, whole_lines
 from gpu_worker.kernels.linear import Weight, WeightKind
 from gpu_worker.models.decoder_config import DecoderConfig
 from gpu_worker.models.decoder_parts import PROJECTIONS, read_layer, read_top
+from gpu_worker.models.kept_weights import save
 from gpu_worker.models.spec import ModelError
 from gpu_worker.models.weights import Checkpoint
 from gpu_worker.quantization.blocks import Block4Weight, Block8Weight
@@ -76,7 +76,7 @@ def _tensors(name: str, weight: Weight) -> dict[str, Tensor]:
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path(folder, name), {LAYOUT_KEY: panels.LAYOUT})
+    save(tensors, path(folder, name), {LAYOUT_KEY: panels.LAYOUT})
 
 
 class PackedFiles:

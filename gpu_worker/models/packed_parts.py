@@ -15,10 +15,11 @@ from torch import Tensor
 from gpu_worker.kernels import panels
 from gpu_worker.kernels.linear import Weight
 from gpu_worker.models import packed_files
-from gpu_worker.models.converted import make_once, models_dir
+from gpu_worker.models.converted import models_dir
 from gpu_worker.models.decoder_config import DecoderConfig
-from gpu_worker.models.decoder_parts import PROJECTIONS, LayerParts, TopParts
+from gpu_worker.models.decoder_parts import PROJECTIONS, LayerParts, TopParts, weight_bytes
 from gpu_worker.models.kernel_parts import KernelLinear, KernelProducts
+from gpu_worker.models.kept_weights import kept
 from gpu_worker.models.weights import Checkpoint, fingerprint
 from gpu_worker.quantization.tensor_files import NORMS, TOP, layer_name
 
@@ -64,6 +65,6 @@ def packed_checkpoint(model_dir: Path, config: DecoderConfig, products: KernelPr
             checkpoint.check_all_taken()
 
     source = fingerprint(model_dir)
-    folder = make_once(f"bfloat16-{source[:16]}-{panels.LAYOUT}", make)
+    folder = kept(f"bfloat16-{source[:16]}-{panels.LAYOUT}", make, weight_bytes(config, 2.0, 2.0))
     return PackedParts(folder, config, products, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, quantization=None, fingerprint=source,
                        groups={})

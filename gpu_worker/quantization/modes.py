@@ -15,9 +15,10 @@ from torch import Tensor
 
 from gpu_worker.kernels import panels
 from gpu_worker.models import packed_files
-from gpu_worker.models.converted import GGUF_NAME, make_once
+from gpu_worker.models.converted import GGUF_NAME
 from gpu_worker.models.decoder_config import DecoderConfig
-from gpu_worker.models.decoder_parts import projection_shapes
+from gpu_worker.models.decoder_parts import projection_shapes, weight_bytes
+from gpu_worker.models.kept_weights import kept
 from gpu_worker.models.spec import ModelError
 from gpu_worker.models.weights import Checkpoint, fingerprint
 from gpu_worker.quantization import int4_model, int8_model, tensor_files
@@ -33,10 +34,12 @@ class Mode:
     tensors: Callable[[Checkpoint, DecoderConfig, Path], Iterator[tuple[str, dict[str, Tensor]]]]
     groups: dict[str, int]         # product → inputs that share a scale; others: a row
     version: int                   # of what is made
+    bytes_each: float              # of a weight: its own, and its share of scales and minimums
+    bytes_each_of_head: float
 
 
-MODES = {"int8": Mode(int8_model.tensors, int8_model.GROUPS, int8_model.VERSION),
-         "int4": Mode(int4_model.tensors, int4_model.GROUPS, int4_model.VERSION)}
+MODES = {"int8": Mode(int8_model.tensors, int8_model.GROUPS, int8_model.VERSION, 1.0, 1.0),
+         "int4": Mode(int4_model.tensors, int4_model.GROUPS, int4_model.VERSION, 20 / 32, 34 / 32)}
 
 
 def check_supported(mode: str, config: DecoderConfig, dtype: str, device: torch.device) -> None:
@@ -54,8 +57,10 @@ def check_supported(mode: str, config: DecoderConfig, dtype: str, device: torch.
 def prepared(mode: str, model_dir: Path, config: DecoderConfig, *, packed: bool) -> Path:
     """The directory with the tensors of ``tensor_files``, or (``packed``) of ``packed_files``; made if it is not there."""
     source = f"{fingerprint(model_dir)[:16]}{'-gguf' if (model_dir / GGUF_NAME).exists() else ''}"
-    name = f"{mode}-{source}-v{MODES[mode].version}{f'-{panels.LAYOUT}' if packed else ''}"
-    return make_once(name, lambda target: _make(mode, model_dir, config, target, packed))
+    chosen = MODES[mode]
+    name = f"{mode}-{source}-v{chosen.version}{f'-{panels.LAYOUT}' if packed else ''}"
+    return kept(name, lambda target: _make(mode, model_dir, config, target, packed),
+                weight_bytes(config, chosen.bytes_each, chosen.bytes_each_of_head))
 
 
 def _make(mode: str, model_dir: Path, config: DecoderConfig, target: Path, packed: bool) -> None:

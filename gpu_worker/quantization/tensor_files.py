@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gpu_worker.models.decoder_parts import LayerTensors, TopTensors
+from gpu_worker.models.kept_weights import save
 from gpu_worker.quantization.blocks import Block4Weight, Block8Weight
 from gpu_worker.quantization.channels import ChannelWeight
 from gpu_worker.quantization.products import Weight
@@ -60,7 +60,7 @@ def linear_from(name: str, tensors: dict[str, Tensor]) -> tuple[Weight, Tensor |
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path(folder, name))
+    save(tensors, path(folder, name))
 
 
 def read(folder: Path, name: str) -> dict[str, Tensor]:
