@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Callable
 
+from gpu_worker.models import manifest
 from protocol.cache_dir import cache_dir, flush, taken
 from protocol.parent_death import die_with_parent
+
+logger = logging.getLogger(__name__)
 
 
 class ConversionError(RuntimeError):
@@ -36,20 +40,29 @@ def converted(source: Path, version: str, convert: Callable[[Path, Path], None])
     return make_once(name, lambda target: convert(source, target))
 
 
-def make_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The directory ``name`` among the models; ``make`` fills a new one that then takes its place."""
+def make_once(name: str, make: Callable[[Path], None], *, checked: bool = False) -> Path:
+    """The directory ``name`` among the models; ``make`` fills a new one that then takes its place.
+
+    ``checked``: all its bytes are compared with what was written, each time; it is made anew where they differ.
+    """
     place = models_dir() / name
-    if place.is_dir():
+    if place.is_dir() and not (checked and manifest.damage(place)):
         return place
     models_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
     with taken(models_dir() / ".lock", "makes a model ready"):
         if place.is_dir():
-            return place
+            damage = manifest.damage(place) if checked else None
+            if damage is None:
+                return place
+            logger.warning("%s: %s; made anew", place, damage)
+            place.rename(tempfile.mkdtemp(prefix=".making-", dir=models_dir()))
         for left_over in models_dir().glob(".making-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         beside = Path(tempfile.mkdtemp(prefix=".making-", dir=models_dir()))
         try:
             make(beside)
+            if checked:
+                manifest.write(beside)
             for path in (*beside.iterdir(), beside):
                 flush(path)
             beside.rename(place)

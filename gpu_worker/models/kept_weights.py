@@ -23,9 +23,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def kept(name: str, make: Callable[[Path], None], num_bytes: int) -> Path:
-    """The directory ``name``; made, of about ``num_bytes``; where it is not there, or ModelError."""
+    """The directory ``name``, checked, or made of about ``num_bytes``; ModelError where it cannot be."""
     try:
-        return make_once(name, make)
+        return make_once(name, make, checked=True)
     except OSError as error:
         raise ModelError(_reason(error, num_bytes)) from None
 

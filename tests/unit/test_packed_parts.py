@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from gpu_worker.kernels import panels
-from gpu_worker.models import packed_files, packed_parts
+from gpu_worker.models import manifest, packed_files, packed_parts
 from gpu_worker.models.converted import make_once, models_dir
 from gpu_worker.models.kernel_decoder import KernelDecoder
 from gpu_worker.models.registry import load_model
@@ -89,20 +89,73 @@ def test_another_checkpoint_is_packed_anew() -> None:
     assert models[0].weights_fingerprint != models[1].weights_fingerprint and len(packed_folders()) == 2
 
 
+def flip(path: Path, at: int, bits: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= bits
+    path.write_bytes(content)
+
+
+def rename_tensor(path: Path, old: bytes, new: bytes) -> None:
+    content = path.read_bytes()
+    assert content.count(old) == 1 and len(old) == len(new)
+    path.write_bytes(content.replace(old, new))
+
+
+@pytest.mark.parametrize(("damage", "told"), [
+    (lambda path: flip(path, -1000), "layer.1.safetensors is damaged: its bytes are not those that were written"),
+    (lambda path: rename_tensor(path, b"down.panels", b"down.panelz"), "layer.1.safetensors is damaged"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-64] + bytes(64)), "layer.1.safetensors is damaged"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-64]), "layer.1.safetensors has "),
+    (lambda path: path.write_bytes(b""), "layer.1.safetensors has 0 bytes, of "),
+    (Path.unlink, "layer.1.safetensors is missing"),
+    (lambda path: (path.parent / manifest.NAME).unlink(), "manifest.json is missing"),
+    (lambda path: (path.parent / manifest.NAME).write_bytes(b'["'), "manifest.json is damaged"),
+    (lambda path: (path.parent / manifest.NAME).write_bytes(b'{"top.safetensors": 3}'), "manifest.json is damaged"),
+])
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_what_is_damaged_is_made_anew(caplog: pytest.LogCaptureFixture, mode: str | None, damage, told: str) -> None:
+    first = load(converted(), mode)
+    expected, folder = logits_of(first, IDS), packed_folders()[0]
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damage(folder / "layer.1.safetensors")
+    caplog.clear()
+    again = load(converted(), mode)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"][0].startswith(f"{folder}: {told}")
+    assert torch.equal(logits_of(again, IDS), expected) and again.weights_fingerprint == first.weights_fingerprint
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    assert not list(models_dir().glob(".making-*"))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_weights_for_plain_torch_are_compared_too(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+                                                  mode: str) -> None:
+    monkeypatch.setenv("FOLOVLLM_DISABLE_KERNELS", "1")
+    def plain() -> torch.Tensor:
+        return logits_of(load_model(tiny_llama_dir, dtype="bfloat16", device=CPU, quantization=mode, num_threads=1), IDS)
+
+    expected = plain()
+    flip(next(models_dir().glob(f"{mode}-*")) / "top.safetensors", -1)
+    assert torch.equal(plain(), expected)
+    assert "top.safetensors is damaged" in caplog.text
+
+
 def test_a_file_of_another_layout_is_refused() -> None:
     load(converted())
     folder = packed_folders()[0]
     path = folder / "layer.1.safetensors"
     safetensors.torch.save_file(safetensors.torch.load_file(path), path, {packed_files.LAYOUT_KEY: "panels0"})
+    manifest.write(folder)
     with pytest.raises(ModelError, match=f"layer.1.safetensors: its layout is panels0, not {panels.LAYOUT}; when {folder} is removed"):
         load(converted())
 
 
 @pytest.mark.parametrize("size", [6, -64])
 def test_half_a_file_is_refused(size: int) -> None:
+    """Whatever its manifest says."""
     load(converted())
     path = packed_folders()[0] / "layer.0.safetensors"
     path.write_bytes(path.read_bytes()[:size])
+    manifest.write(path.parent)
     with pytest.raises(ModelError, match=r"layer.0.safetensors: .* header.*; when .* is removed, it is made anew"):
         load(converted())
 
