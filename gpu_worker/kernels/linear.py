@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -122,7 +123,14 @@ class Weight:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Weight:
-        """What ``tensors`` gave, without a copy: panels may lie in a mapped file, best on a multiple of 64 bytes."""
+        """What ``tensors`` gave, without a copy: panels may lie in a mapped file, best on a multiple of 64 bytes.
+
+        ValueError where they do not go together: the kernels believe every number.
+        """
+        for name in ("header", "panels"):
+            if name not in tensors:
+                raise ValueError(f"{name} is missing")
+        _check("header", tensors["header"], torch.int64, (4,))
         kind, n, k, k_block = tensors["header"].tolist()
         return cls(WeightKind(kind), n, k, k_block, tensors["panels"], tensors.get("scales"), tensors.get("bias"))
 
@@ -131,9 +139,15 @@ class Weight:
             raise ValueError(f"inputs of a product: was {self.k}; allowed: a multiple of {packing.GROUP} up to {MAX_INPUTS}")
         if self.k_block % packing.GROUP or not 0 < self.k_block <= self.k:
             raise ValueError(f"k_block: was {self.k_block}; allowed: a multiple of {packing.GROUP} up to {self.k}")
+        if self.n <= 0:
+            raise ValueError(f"outputs of a product: was {self.n}; allowed: above 0")
         padded = -(-self.n // packing.PANEL) * packing.PANEL
-        assert self.panels.is_contiguous() and self.panels.shape[0] * packing.PANEL == padded
-        assert all(each is None or each.shape == (padded,) for each in (self.scales, self.bias))
+        _check("panels", self.panels, torch.uint8, (padded // packing.PANEL, _panel_bytes(self.kind, self.k)))
+        if (self.scales is None) == (self.kind == WeightKind.INT8):
+            raise ValueError(f"scales: was {'nothing' if self.scales is None else 'a tensor'}; allowed: with INT8, and with nothing else")
+        for name, each in (("scales", self.scales), ("bias", self.bias)):
+            if each is not None:
+                _check(name, each, torch.float32, (padded,))
 
     def tensors(self) -> dict[str, Tensor]:
         """To be written into a file of safetensors, under any prefix."""
@@ -151,6 +165,25 @@ class Weight:
         """For the kernels; its addresses hold as long as this weight lives."""
         addresses = (None if each is None else each.data_ptr() for each in (self.panels, self.scales, self.bias))
         return LinearWeight(self.kind, self.n, self.k, self.k_block, *addresses)
+
+
+def _panel_bytes(kind: WeightKind, k: int) -> int:
+    """Of 16 outputs with ``k`` inputs, as ``panels.py`` packs them."""
+    groups = k // packing.GROUP
+    return {WeightKind.FLOAT32: 4 * packing.PANEL * k, WeightKind.BF16: 2 * packing.PANEL * k, WeightKind.INT8: packing.PANEL * k,
+            WeightKind.INT8_BLOCKS: packing.int8_block_bytes(groups), WeightKind.INT4_BLOCKS: packing.int4_block_bytes(groups)}[kind]
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise ValueError(f"{name}: was {described(tensor.dtype, tensor.shape)}; allowed: {described(dtype, shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: was not contiguous")
+
+
+def described(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    """E.g. "float32 [576]"."""
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 class Linear:

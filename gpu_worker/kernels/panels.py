@@ -52,7 +52,7 @@ def pack_int8_blocks(values: Tensor, scales: Tensor) -> Tensor:
     if num_groups % 2:
         weights, scales = F.pad(weights, (0, 0, 0, 1)), F.pad(scales, (0, 0, 0, 1))
     pairs = torch.cat((scales.reshape(len(scales), -1, 4 * PANEL), weights.view(len(weights), -1, 2 * PANEL * GROUP)), 2)
-    return pairs.view(len(pairs), -1)[:, :_int8_block_bytes(num_groups)].contiguous()
+    return pairs.view(len(pairs), -1)[:, :int8_block_bytes(num_groups)].contiguous()
 
 
 def unpack_int8_blocks(panels: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -79,6 +79,16 @@ def unpack_int4_blocks(panels: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     halves = unpack_words(weights.reshape(len(panels), -1), torch.uint8).view(-1, k // GROUP, GROUP // 2)
     values = torch.cat((halves & 15, halves >> 4), 2).view(-1, k)
     return values, *(_by_output(each.contiguous().view(torch.float16)) for each in (scales, minima))
+
+
+def int8_block_bytes(num_groups: int) -> int:
+    """Of a panel."""
+    return num_groups * PANEL * GROUP + (num_groups + 1) // 2 * 4 * PANEL
+
+
+def int4_block_bytes(num_groups: int) -> int:
+    """Of a panel."""
+    return num_groups * (PANEL * GROUP // 2 + 4 * PANEL)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +152,3 @@ def _float16(numbers: Tensor) -> Tensor:
     if not torch.isfinite(rounded).all():
         raise ValueError("a block's scale or minimum does not fit into float16")
     return rounded
-
-
-def _int8_block_bytes(num_groups: int) -> int:
-    return num_groups * PANEL * GROUP + (num_groups + 1) // 2 * 4 * PANEL

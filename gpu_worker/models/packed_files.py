@@ -91,6 +91,10 @@ class PackedFiles:
         """A file's tensors; norms and the embedding are mapped."""
         return self._files[name].read(self._pages)
 
+    def unreadable(self, name: str, why: str) -> ModelError:
+        """What is said of a file that another part of the loader cannot use."""
+        return self._files[name].unreadable(why)
+
 
 class _File:
     def __init__(self, place: Path) -> None:
@@ -98,17 +102,17 @@ class _File:
         try:
             self._mapped = safe_open(place, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise self._unreadable(str(error)) from None
+            raise self.unreadable(str(error)) from None
         layout = (self._mapped.metadata() or {}).get(LAYOUT_KEY)
         if layout != panels.LAYOUT:
-            raise self._unreadable(f"its layout is {layout}, not {panels.LAYOUT}")
+            raise self.unreadable(f"its layout is {layout}, not {panels.LAYOUT}")
         with place.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             self._entries: dict[str, Any] = json.loads(opened.read(length))
         self._entries.pop("__metadata__")
         self._start = 8 + length
 
-    def _unreadable(self, why: str) -> ModelError:
+    def unreadable(self, why: str) -> ModelError:
         return ModelError(f"{self._place}: {why}; when {self._place.parent} is removed, it is made anew")
 
     def sizes(self) -> list[int]:
@@ -126,9 +130,11 @@ class _File:
         while left:
             count = os.preadv(descriptor, [left], position)
             if count == 0:
-                raise self._unreadable("it ends too early")
+                raise self.unreadable("it ends too early")
             left, position = left[count:], position + count
         entry = self._entries[name]
+        if entry["dtype"] not in DTYPES:
+            raise self.unreadable(f"{name}: its type is {entry['dtype']}; allowed: {', '.join(DTYPES)}")
         return room.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def _begin(self, name: str) -> int:

@@ -74,6 +74,39 @@ def test_through_a_file_without_a_copy(kind, tmp_path):
         assert torch.equal(again.tensors()[name], tensor)
 
 
+def header(kind, n=37, k=96, k_block=96):
+    return {"header": torch.tensor([kind, n, k, k_block])}
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), [
+    (WeightKind.INT8, header(9), "9 is not a valid WeightKind"),
+    (WeightKind.INT8, header(WeightKind.BF16), r"panels: was uint8 \[3, 1536\]; allowed: uint8 \[3, 3072\]"),
+    (WeightKind.BF16, header(WeightKind.INT8), r"panels: was uint8 \[3, 3072\]; allowed: uint8 \[3, 1536\]"),
+    (WeightKind.INT4_BLOCKS, header(WeightKind.INT8_BLOCKS), r"panels: was uint8 \[3, 960\]; allowed: uint8 \[3, 1664\]"),
+    (WeightKind.INT8, header(WeightKind.INT8, k=32768, k_block=32768), "panels: was"),
+    (WeightKind.BF16, header(WeightKind.BF16, k_block=0), "k_block: was 0"),
+    (WeightKind.BF16, header(WeightKind.BF16, k_block=-32), "k_block: was -32"),
+    (WeightKind.INT8, header(WeightKind.INT8, n=49), r"panels: was uint8 \[3, 1536\]; allowed: uint8 \[4, 1536\]"),
+    (WeightKind.INT8, header(WeightKind.INT8, n=0), "outputs of a product: was 0"),
+    (WeightKind.INT8, {"header": torch.tensor([2, 37])}, r"header: was int64 \[2\]; allowed: int64 \[4\]"),
+    (WeightKind.INT8, {"header": None}, "header is missing"), (WeightKind.INT8, {"panels": None}, "panels is missing"),
+    (WeightKind.INT8, {"panels": torch.zeros(3, 1536, dtype=torch.int8)}, "panels: was int8"),
+    (WeightKind.INT8, {"panels": torch.zeros(3 * 1536, dtype=torch.uint8)}, r"panels: was uint8 \[4608\]"),
+    (WeightKind.INT8, {"panels": torch.zeros(1536, 3, dtype=torch.uint8).t()}, "panels: was not contiguous"),
+    (WeightKind.INT8, {"scales": None}, "scales: was nothing; allowed: with INT8"),
+    (WeightKind.BF16, {"scales": torch.ones(48)}, "scales: was a tensor; allowed: with INT8"),
+    (WeightKind.INT8, {"scales": torch.ones(37)}, r"scales: was float32 \[37\]; allowed: float32 \[48\]"),
+    (WeightKind.INT8, {"scales": torch.ones(48, dtype=torch.float64)}, r"scales: was float64 \[48\]; allowed: float32 \[48\]"),
+    (WeightKind.INT8, {"bias": torch.ones(96)[::2]}, "bias: was not contiguous"),
+    (WeightKind.INT8, {"bias": torch.ones(48).half()}, r"bias: was float16 \[48\]; allowed: float32 \[48\]"),
+])
+def test_tensors_that_do_not_go_together_are_refused(kind, change, message):
+    """The kernels would read beyond their ends."""
+    tensors = Weight.from_float(kind, values(), torch.randn(37)).tensors() | change
+    with pytest.raises(ValueError, match=message):
+        Weight.from_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
 def test_panels_are_whole_cache_lines():
     for kind in WeightKind:
         for k in (32, 64, 96, 576):

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from gpu_worker.kernels import panels
+from gpu_worker.kernels.linear import Weight, WeightKind
 from gpu_worker.models import manifest, packed_files, packed_parts
 from gpu_worker.models.converted import make_once, models_dir
 from gpu_worker.models.kernel_decoder import KernelDecoder
@@ -158,6 +159,54 @@ def test_half_a_file_is_refused(size: int) -> None:
     manifest.write(path.parent)
     with pytest.raises(ModelError, match=r"layer.0.safetensors: .* header.*; when .* is removed, it is made anew"):
         load(converted())
+
+
+def changed(name: str, change) -> str:
+    """What is said of ``layer.1`` or ``top`` when its tensors are others than the config's, by a manifest that does not tell."""
+    load(converted(), "int8")
+    path = packed_folders()[0] / f"{name}.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors | change(tensors), path, {packed_files.LAYOUT_KEY: panels.LAYOUT})
+    manifest.write(path.parent)
+    with pytest.raises(ModelError) as caught:
+        load(converted(), "int8")
+    message, hint = str(caught.value), f"; when {path.parent} is removed, it is made anew"
+    assert message.startswith(f"{path}: ") and message.endswith(hint)
+    return message[len(f"{path}: "):-len(hint)]
+
+
+def product(name: str, weight: Weight) -> dict[str, torch.Tensor]:
+    return {f"{name}.{part}": tensor for part, tensor in weight.tensors().items()}
+
+
+@pytest.mark.parametrize(("name", "change", "told"), [
+    ("layer.1", lambda _: product("down", Weight.from_float(WeightKind.INT8, torch.ones(96, 192))),
+     "down: was 192 inputs and 96 outputs; the config asks for 160 and 96"),
+    ("layer.1", lambda _: product("qkv", Weight.from_float(WeightKind.INT8, torch.ones(96, 96), torch.ones(96))),
+     "qkv: was 96 inputs and 96 outputs; the config asks for 96 and 160"),
+    ("layer.1", lambda _: {"down.header": torch.tensor([2, 96, 32768, 32768])}, "down: panels: was uint8 [6, 2560]; allowed: uint8"),
+    ("layer.1", lambda _: {"down.header": torch.tensor([9, 96, 160, 160])}, "down: 9 is not a valid WeightKind"),
+    ("layer.1", lambda tensors: {"down.scales": tensors["down.scales"].view(torch.int32)}, "down.scales: its type is I32"),
+    ("layer.1", lambda _: {"input_norm": torch.ones(80)}, "input_norm: was float32 [80]; the config asks for float32 [96]"),
+    ("layer.1", lambda _: {"query_norm": torch.ones(96)}, "query_norm: was float32 [96]; the config asks for float32 [16]"),
+    ("top", lambda _: {"embedding": torch.ones(200, 96).bfloat16()}, "embedding: was bfloat16 [200, 96]; the config asks for bfloat16 [261, 96]"),
+    ("top", lambda _: {"norm": torch.ones(80)}, "norm: was float32 [80]; the config asks for float32 [96]"),
+    ("top", lambda _: product("head", Weight.from_float(WeightKind.INT8, torch.ones(261, 64))), "head: was 64 inputs and 261 outputs"),
+])
+def test_weights_of_another_model_are_refused(name: str, change, told: str) -> None:
+    assert changed(name, change).startswith(told)
+
+
+@pytest.mark.parametrize("gone", ["input_norm", "query_norm", "down.header", "down.panels", "down.scales"])
+def test_a_tensor_that_is_missing_is_named(gone: str) -> None:
+    load(converted(), "int8")
+    path = packed_folders()[0] / "layer.1.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    del tensors[gone]
+    safetensors.torch.save_file(tensors, path, {packed_files.LAYOUT_KEY: panels.LAYOUT})
+    manifest.write(path.parent)
+    with pytest.raises(ModelError, match=f"layer.1.safetensors: .*{gone.rpartition('.')[2]}.*; when .* is removed, it is made anew"):
+        load(converted(), "int8")
 
 
 def test_no_copy_of_what_the_user_keeps(tmp_path: Path) -> None:
