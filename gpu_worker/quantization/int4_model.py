@@ -45,10 +45,10 @@ def tensors(checkpoint: Checkpoint, config: DecoderConfig, model_dir: Path) -> I
 
 
 def _head(blocks: _FileBlocks, weight: Tensor) -> Block8Weight:
-    found = blocks.head()
+    found = blocks.head(weight.shape)
     if found is None:
         return Block8Weight.from_float(weight)
-    return _checked(Block8Weight.from_gguf(found), weight, "lm_head")
+    return _checked(blocks, Block8Weight.from_gguf(found), weight, "lm_head")
 
 
 def _blocks4(blocks: _FileBlocks, index: int, product: str, weight: Tensor, config: DecoderConfig) -> Block4Weight:
@@ -56,18 +56,18 @@ def _blocks4(blocks: _FileBlocks, index: int, product: str, weight: Tensor, conf
     parts = weight.split([shape[0] for shape in projection_shapes(config)[product]])
     found = []
     for name, part in zip(PROJECTIONS[product], parts, strict=True):
-        packed = blocks.projection(index, name)
+        packed = blocks.projection(index, name, part.shape)
         if packed is None:
             found.append(Block4Weight.from_float(part))
         else:
-            found.append(_checked(Block4Weight.from_gguf(*packed), part, f"model.layers.{index}.{name}"))
+            found.append(_checked(blocks, Block4Weight.from_gguf(*packed), part, f"model.layers.{index}.{name}"))
     return Block4Weight(*(torch.cat([getattr(part, field) for part in found]) for field in ("nibbles", "scales", "minimums")))
 
 
-def _checked(weight: Any, checkpoint: Tensor, name: str) -> Any:
+def _checked(blocks: _FileBlocks, weight: Any, checkpoint: Tensor, name: str) -> Any:
     """``weight``, when it is what the checkpoint was made of: converted tensors are bfloat16."""
     if weight.shape != tuple(checkpoint.shape) or not torch.equal(weight.dequantized().bfloat16(), checkpoint.bfloat16()):
-        raise ModelError(f"{GGUF_NAME}: {name} differs from the checkpoint beside it; allowed: the file that it was converted from")
+        raise blocks.refused(f"{name} differs from the checkpoint beside it")
     return weight
 
 
@@ -75,6 +75,7 @@ class _FileBlocks:
     """The GGUF file's own blocks, in the order of the checkpoint's rows; none where there is no file."""
 
     def __init__(self, path: Path, config: DecoderConfig) -> None:
+        self._path = path
         self._tensors: dict[str, Any] = {}
         self._head_dim = config.head_dim if config.family == "llama" else None     # Q and K are permuted
         if path.is_symlink() and not path.exists():
@@ -83,16 +84,25 @@ class _FileBlocks:
         if path.exists():
             from gguf import GGUFReader
 
-            self._tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+            try:
+                self._tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+            except OSError:
+                raise
+            except Exception as error:     # a damaged file makes the reader raise anything
+                raise self.refused(f"not a readable GGUF file: {type(error).__name__}: {error}") from None
 
-    def projection(self, index: int, name: str) -> tuple[str, np.ndarray] | None:
-        """(Q4_0 or Q4_1, bytes [out, …]); None for another type."""
+    def refused(self, why: str) -> ModelError:
+        """What is said of the file."""
+        return ModelError(f"{self._path}: {why}; allowed: the file that the checkpoint was converted from")
+
+    def projection(self, index: int, name: str, shape: tuple[int, ...]) -> tuple[str, np.ndarray] | None:
+        """(Q4_0 or Q4_1, bytes [out, …]) of a weight of ``shape``; None for another type."""
         if not self._tensors:
             return None
         from gpu_worker.models.gguf_tensors import LAYER_NAMES, unpermuted
 
         short = next(short for short, long in LAYER_NAMES.items() if long == name)
-        tensor = self._tensors[f"blk.{index}.{short}.weight"]
+        tensor = self._of_shape(f"blk.{index}.{short}.weight", shape)
         if tensor.tensor_type.name not in ("Q4_0", "Q4_1"):
             return None
         data = np.array(tensor.data)
@@ -100,7 +110,17 @@ class _FileBlocks:
             data = np.ascontiguousarray(unpermuted(data, self._head_dim))
         return tensor.tensor_type.name, data
 
-    def head(self) -> np.ndarray | None:
+    def head(self, shape: tuple[int, ...]) -> np.ndarray | None:
         """Bytes [vocab, …] of Q8_0; None for another type."""
-        tensor = self._tensors.get("output.weight", self._tensors.get("token_embd.weight"))
-        return np.array(tensor.data) if tensor is not None and tensor.tensor_type.name == "Q8_0" else None
+        if not self._tensors:
+            return None
+        tensor = self._of_shape("output.weight" if "output.weight" in self._tensors else "token_embd.weight", shape)
+        return np.array(tensor.data) if tensor.tensor_type.name == "Q8_0" else None
+
+    def _of_shape(self, name: str, shape: tuple[int, ...]) -> Any:
+        if name not in self._tensors:
+            raise self.refused(f"{name} is missing")
+        found = [int(size) for size in reversed(self._tensors[name].shape)]
+        if found != list(shape):
+            raise self.refused(f"{name} has shape {found}, the checkpoint beside it {list(shape)}")
+        return self._tensors[name]

@@ -174,12 +174,34 @@ def test_the_gguf_file_may_not_be_another_one(tmp_path: Path) -> None:
     torch.nn.init.normal_(other.model.layers[1].mlp.down_proj.weight)
     kept.unlink()
     write_gguf(kept, other, "llama", packed=packed(other, Q4_1, "_proj"), packed_type=Q4_1)
-    with pytest.raises(ModelError, match="model.gguf: model.layers.1.mlp.down_proj differs from the checkpoint beside it"):
+    with pytest.raises(ModelError, match=f"{kept}: model.layers.1.mlp.down_proj differs from the checkpoint beside it"):
         load(model_dir, "int4")
     kept.unlink()
     kept.symlink_to(tmp_path / "gone.gguf")
     with pytest.raises(ModelError, match="gone.gguf: no such file"):
         load(model_dir, "int4")
+    assert not list(models_dir().glob("int4-*"))
+
+
+def with_other_rows(content: bytes, name: bytes, rows: int) -> bytes:
+    """A tensor of two dimensions with another number of rows, in the header of a GGUF file."""
+    at = content.index(name) + len(name) + 4 + 8
+    return content[:at] + rows.to_bytes(8, "little") + content[at + 8:]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: b"GGUG" + content[4:], lambda content: content[:200], lambda content: content[:-40_000],
+    lambda content: content.replace(b"blk.1.attn_q.weight", b"blk.1.attn_z.weight"),
+    lambda content: with_other_rows(content, b"blk.1.attn_q.weight", 8)])
+def test_a_damaged_gguf_file_is_named(tmp_path: Path, damage) -> None:
+    model_dir = from_gguf(tmp_path, "llama", Q4_1, "_proj")
+    path = model_dir / GGUF_NAME
+    content = path.read_bytes()
+    path.unlink()                   # the file that was converted is the same one
+    path.write_bytes(damage(content))
+    with pytest.raises(ModelError) as caught:
+        load(model_dir, "int4")
+    assert str(caught.value).startswith(f"{path}: ") and str(caught.value).endswith("; allowed: the file that the checkpoint was converted from")
     assert not list(models_dir().glob("int4-*"))
 
 
