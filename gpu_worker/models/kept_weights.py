@@ -31,12 +31,14 @@ def kept(name: str, make: Callable[[Path], None], num_bytes: int) -> Path:
 
 
 def _reason(error: OSError, num_bytes: int) -> str:
-    reason = error.strerror or str(error)
+    reason, place = error.strerror or str(error), Path(error.filename or models_dir())
     if error.errno in FULL:
         free = shutil.disk_usage(next(folder for folder in (models_dir(), *models_dir().parents) if folder.exists())).free
         reason = f"{models_dir()}: {reason}; the model's weights take about {num_bytes / 1e6:.0f} MB there, {free / 1e6:.0f} MB are free"
+    elif place.is_relative_to(models_dir()) or models_dir().is_relative_to(place):
+        reason = f"{place}: {reason}; the model's weights are to be kept in {models_dir()}"
     else:
-        reason = f"{error.filename or models_dir()}: {reason}; the model's weights are to be kept in {models_dir()}"
+        return f"{place}: {reason}"       # of the checkpoint itself
     return f"{reason}; FOLOVLLM_CACHE_DIR names another place"
 
 

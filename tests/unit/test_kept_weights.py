@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gpu_worker.models.converted import models_dir
 from gpu_worker.models.decoder_parts import weight_bytes
 from gpu_worker.models.registry import load_model
 from gpu_worker.models.spec import ModelError
+from gpu_worker.quantization import modes
 from gpu_worker.quantization.modes import MODES
 from private_cache import use_private_cache
 from tiny_models import write_tiny_llama
@@ -59,3 +61,14 @@ def test_a_cache_that_cannot_be_made(tiny_llama_dir: Path, monkeypatch: pytest.M
     monkeypatch.setenv("FOLOVLLM_CACHE_DIR", "/proc/nope")
     assert refusal(tiny_llama_dir) == ("/proc/nope: No such file or directory; the model's weights are to be kept in /proc/nope/models;"
                                        " FOLOVLLM_CACHE_DIR names another place")
+
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another cache directory would not help, and is not spoken of."""
+    use_private_cache(monkeypatch, tmp_path / "cache")
+
+    def fails(*_arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(tiny_llama_dir / "model.safetensors"))
+
+    monkeypatch.setattr(modes, "_make", fails)
+    assert refusal(tiny_llama_dir) == f"{tiny_llama_dir / 'model.safetensors'}: Input/output error"
