@@ -189,7 +189,8 @@ def product(name: str, weight: Weight) -> dict[str, torch.Tensor]:
     ("layer.1", lambda tensors: {"down.scales": tensors["down.scales"].view(torch.int32)}, "down.scales: its type is I32"),
     ("layer.1", lambda _: {"input_norm": torch.ones(80)}, "input_norm: was float32 [80]; the config asks for float32 [96]"),
     ("layer.1", lambda _: {"query_norm": torch.ones(96)}, "query_norm: was float32 [96]; the config asks for float32 [16]"),
-    ("top", lambda _: {"embedding": torch.ones(200, 96).bfloat16()}, "embedding: was bfloat16 [200, 96]; the config asks for bfloat16 [261, 96]"),
+    ("top", lambda _: {"embedding": torch.ones(200, 96).bfloat16()},
+     "embedding: was bfloat16 [200, 96]; the config asks for bfloat16 [261, 96]"),
     ("top", lambda _: {"norm": torch.ones(80)}, "norm: was float32 [80]; the config asks for float32 [96]"),
     ("top", lambda _: product("head", Weight.from_float(WeightKind.INT8, torch.ones(261, 64))), "head: was 64 inputs and 261 outputs"),
 ])
