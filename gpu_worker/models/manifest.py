@@ -2,8 +2,8 @@
 
 Written by ``converted.py`` before a directory takes its place, compared at every start after that: weights
 that are not what was written would be served as if they were.  A CRC finds every accident (a bit, a block of
-zeros, half a file) and costs a fifth of a second a gigabyte and thread; it finds no malice, and need not:
-who can write here can write the sums as well.
+zeros, half a file) for about half a CPU second a gigabyte; it finds no malice, and need not: who can write
+here can write the sums as well.
 """
 
 from __future__ import annotations
