@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 NAME = "manifest.json"
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 17          # stays in a core's own cache: with 1 MiB a start took up to twice the time
 MAX_THREADS = 16
 
 
