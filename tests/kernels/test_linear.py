@@ -9,9 +9,8 @@ import functools
 import pytest
 import torch
 
-from gpu_worker.kernels import panels
 from gpu_worker.kernels.elementwise import Elementwise, Output, QuantizedRows
-from gpu_worker.kernels.linear import ALLOWED_INPUTS, MAX_INPUTS, InputKind, Linear, Weight, WeightKind
+from gpu_worker.kernels.linear import ALLOWED_INPUTS, INTEGERS, MAX_INPUTS, InputKind, Linear, Weight, WeightKind
 from gpu_worker.kernels.linear_reference import LinearReference, unpacked
 
 FORMS = [(weight, rows) for weight, allowed in ALLOWED_INPUTS.items() for rows in allowed]
@@ -129,26 +128,12 @@ def test_against_float64(library, form):
     assert ((found - expected).abs() <= 3e-6 * scale).all()
 
 
-def whole_numbers(kind, values):
-    """A weight of these integers, all scales 1, minima 0."""
-    n, k = values.shape
-    ones = torch.ones(n, k // 32, dtype=torch.float16)
-    if kind == WeightKind.INT4_BLOCKS:
-        groups = values.to(torch.uint8).view(n, -1, 32)
-        packed = panels.pack_int4_blocks(groups[:, :, :16] | groups[:, :, 16:] << 4, ones, ones * 0)
-    elif kind == WeightKind.INT8_BLOCKS:
-        packed = panels.pack_int8_blocks(values.to(torch.int8), ones)
-    else:
-        packed = panels.pack_int8(values.to(torch.int8))
-    return Weight(kind, n, k, k, packed, torch.ones(panels.pad(values).shape[0]) if kind == WeightKind.INT8 else None, None)
-
-
 @pytest.mark.parametrize("form", FORMS[2:], ids=lambda form: f"{form[0].name}-{form[1].name}".lower())
 @pytest.mark.parametrize("k", [32, 1024])
 def test_integer_sums_are_exact_at_full_range(library, form, k):
     """All at the ends of their ranges: of one sign, where partial sums are largest, and of both."""
     generator = torch.Generator().manual_seed(k)
-    high, low = (15, 0) if form[0] == WeightKind.INT4_BLOCKS else (127, -127)
+    low, high = max(-127, INTEGERS[form[0]][0]), INTEGERS[form[0]][1]       # with −128 a sum of 1,024 would reach 2^24
     mixed = torch.randint(0, 2, (17, k), generator=generator) * (high - low) + low
     weights = torch.cat((torch.full((2, k), high), torch.full((1, k), low), mixed))
     values = torch.cat((torch.full((1, k), 127), torch.full((1, k), -128), torch.full((1, k), -127),
@@ -158,7 +143,7 @@ def test_integer_sums_are_exact_at_full_range(library, form, k):
     exact = values.long() @ weights.long().t()
     assert exact.abs().max() < 2**24        # floats hold them, and all sums on the way
     for count in (1, 3, 9):
-        found = Linear(library, whole_numbers(form[0], weights), 1, torch.float32)(part(rows, 0, count))
+        found = Linear(library, Weight.from_integers(form[0], weights), 1, torch.float32)(part(rows, 0, count))
         assert torch.equal(found, exact[:count].float())
 
 
@@ -166,7 +151,7 @@ def test_sums_over_the_most_inputs(library):
     """32,768 inputs: the sum fits into 32 bits, and is rounded once."""
     values = torch.tensor([[127], [-127]], dtype=torch.int8).repeat(1, MAX_INPUTS)
     rows = QuantizedRows(values, torch.ones(2), values.sum(1, dtype=torch.int32))
-    found = Linear(library, whole_numbers(WeightKind.INT8, values.repeat(9, 1)), 2, torch.float32)(rows)
+    found = Linear(library, Weight.from_integers(WeightKind.INT8, values.repeat(9, 1)), 2, torch.float32)(rows)
     assert torch.equal(found, (values.long() @ values.repeat(9, 1).long().t()).float())
 
 
