@@ -2,9 +2,13 @@
 through SIMDe where the CPU lacks it and SIMDe's headers are installed."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
+import pytest
+
 from gpu_worker.kernels.build import LEVELS, Level, cpu_flags
+from gpu_worker.kernels.library import Library
 
 SIMDE = Path("/usr/include/simde")
 EMULATION = Path(__file__).with_name("emulated_avx512.h")
@@ -21,3 +25,9 @@ def levels(flags=None, simde=SIMDE):
     if found and LEVELS[0] not in found and simde.is_dir():
         found += [EMULATED, EMULATED_BASE]
     return found
+
+
+def opened(level):
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    return Library.open(level)

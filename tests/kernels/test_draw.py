@@ -11,6 +11,7 @@ import torch
 from gpu_worker.kernels.picker import SHARED_FROM, KernelPicker
 from gpu_worker.picking import TorchPicker, _padded_copy, _weights
 from gpu_worker.request_states import PARAMS_DTYPE
+from kernel_levels import EMULATED, EMULATED_BASE, levels, opened
 from protocol.steps import RowError
 
 VOCAB = 5000        # no whole number of tiles
@@ -18,17 +19,20 @@ NAN, EMPTY = RowError.NAN_LOGITS, RowError.EMPTY_MASK
 LAST_NOISE = 1 - 2.0**-53
 
 
-@pytest.fixture(params=[1, 2], ids="{} threads".format)
-def picker(library, request):
-    if "emulated" in library.level and (request.param == 1 or library.level.endswith("base")):
-        pytest.skip("the same code as with two threads, and with instructions for products")
-    return KernelPicker(library, request.param)
+# Emulated, on two threads alone: one runs the same code, and so does a level that lacks instructions for products.
+PLACES = [(level, threads) for level in levels() if level is not EMULATED_BASE for threads in ((2,) if level is EMULATED else (1, 2))]
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: f"{place[0].name}-{place[1]} threads")
+def picker(request):
+    level, threads = request.param
+    return KernelPicker(opened(level), threads)
 
 
 @pytest.fixture
-def many(library):
+def many(request):
     """Draws enough for a statistic."""
-    return 4_000 if "emulated" in library.level else 20_000
+    return 4_000 if request.getfixturevalue("picker").name.startswith("cpu kernels emulated") else 20_000
 
 
 def asked(count=1, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
