@@ -1,6 +1,6 @@
 """How much longer tokens take beside a busy neighbour: one thread of somebody else's on one of the cores.
 
-    python benchmarks/busy_neighbour.py --peers DIR --ours "bf16: dtype=bfloat16" --ours "int8: quantization=int8"
+    python benchmarks/busy_neighbour.py --peers DIR
 
 A kernel's threads meet several times in each layer; where they spin for long, or hand out work in
 equal parts, a thread that shares its core holds up all others.  On two cores, half of one of

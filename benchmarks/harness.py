@@ -23,11 +23,11 @@ from report import Case, Report, progress
 from workload import Work, make_workload, prefills
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BF16 = "bf16: dtype=bfloat16"
+BF16, INT8, INT4 = "bf16: dtype=bfloat16", "int8: quantization=int8", "int4: quantization=int4"
 REST_SHARE, REST_WINDOW_S, REST_LIMIT_S = 0.05, 0.3, 15.0     # of a core, for so long, waited for at most so long
 
 
-def parser(doc: str, ours: Iterable[str] = (BF16,), peers: Iterable[str] = DEFAULT_PEERS, rounds: int = 3,
+def parser(doc: str, ours: Iterable[str] = (BF16, INT8, INT4), peers: Iterable[str] = DEFAULT_PEERS, rounds: int = 3,
            max_model_len: int = 2048) -> argparse.ArgumentParser:
     """The flags that all benchmarks share."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

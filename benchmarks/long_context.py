@@ -1,6 +1,6 @@
 """One request with a long prompt: prefill and decode by the length of the context, ours beside the peers.
 
-    python benchmarks/long_context.py --peers DIR --ours "int8: quantization=int8 kv-cache-dtype=int8"
+    python benchmarks/long_context.py --peers DIR
 
 Prefill is the prompt's tokens over the time to one output token; decode is 64 further tokens
 over the time beyond that.  Every run has a prompt of its own, prefix caches are off.
@@ -21,10 +21,11 @@ from workload import make_equal
 
 PREFILL, DECODE = Metric("prefill", "tokens/s", digits=0), Metric("decode", "tokens/s")
 PEERS = [name for name in DEFAULT_PEERS if name != "transformers"]     # minutes for 8,000 tokens
+OURS = [harness.BF16, "int8, int8 KV: quantization=int8 kv-cache-dtype=int8"]
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, peers=PEERS, max_model_len=8192)
+    parser = harness.parser(__doc__, ours=OURS, peers=PEERS, max_model_len=8192)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 8000], help="prompt tokens (default: 1024 4096 8000)")
     parser.add_argument("--decode-tokens", type=int, default=64, help="measured after the first (default: 64)")
     arguments = parser.parse_args()

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import harness
 import offline_width
 
 
 def main(argv: list[str]) -> None:
-    offline_width.main(["--widths", "64", "--with", "transformers", *argv], "offline_throughput", __doc__)
+    offline_width.main(["--widths", "64", "--with", "transformers", "--ours", harness.BF16, *argv], "offline_throughput", __doc__)
 
 
 if __name__ == "__main__":

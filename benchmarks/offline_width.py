@@ -1,6 +1,6 @@
 """Workload W against the number of requests that run at once, ours beside the peers.
 
-    python benchmarks/offline_width.py --peers DIR --ours "bf16: dtype=bfloat16" --ours "int8: quantization=int8"
+    python benchmarks/offline_width.py --peers DIR
 
 Greedy, EOS ignored, prefix caches off, the same token ids, lengths and threads; each engine's
 own scheduler limits the width, except at 1, where requests are handed in one after another.

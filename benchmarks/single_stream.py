@@ -1,6 +1,6 @@
 """One stream: the first 8 requests of workload W, one after another, ours beside the peers.
 
-    python benchmarks/single_stream.py --peers DIR --ours "int4: quantization=int4" --ours "int8: quantization=int8"
+    python benchmarks/single_stream.py --peers DIR
 
 "Whole" is output tokens over all of the time, prefill included.  "Decode alone" takes the time
 of the same prompts with one output token each, measured right before, off both.

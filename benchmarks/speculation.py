@@ -1,6 +1,6 @@
 """20 prompts whose answers quote them (summarize, edit code, extract), one after another.
 
-    python benchmarks/speculation.py --peers DIR --ours "int4: quantization=int4" --ours "int4 ngram: quantization=int4 speculative=ngram"
+    python benchmarks/speculation.py --peers DIR
 
 The prompts stand in ``prompts/``; each is a user turn through the model's chat template, and
 every engine gets the same token ids.  How many tokens each answer has is what the first mode of
@@ -27,7 +27,9 @@ from workload import Work
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 KINDS = ("summarize", "edit", "extract")
 METRICS = [Metric(name, "tokens/s") for name in ("all prompts", *KINDS)]
-PEERS = [name for name in DEFAULT_PEERS if name != "transformers"]
+PEERS = [*(name for name in DEFAULT_PEERS if name != "transformers"), "openvino_lookup"]
+OURS = [harness.INT8, *(f"{name} ngram: {flags} speculative=ngram" for name, flags in
+        (("int8", "quantization=int8"), ("int4", "quantization=int4"), ("bf16", "dtype=bfloat16")))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def natural_work(engine: OurEngine, prompts: list[Prompt], max_tokens: int) -> W
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, peers=PEERS)
+    parser = harness.parser(__doc__, ours=OURS, peers=PEERS)
     parser.add_argument("--max-tokens", type=int, default=200, help="most output tokens of a prompt (default: 200)")
     parser.add_argument("--requests", type=int, help="prompts, instead of all 20")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Start to first token: a new process, the model, one token of a 16-token prompt; ours beside the peers.
 
-    python benchmarks/startup.py --peers DIR --ours "bf16: dtype=bfloat16"
+    python benchmarks/startup.py --peers DIR
 
 Ours is ``python launch.py`` until a waiting client holds the token; a peer is its Python until
 the token is there.  Cases: warm (files in the page cache), cold (page cache dropped, which takes

@@ -72,7 +72,7 @@ def parts_ms(found: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, peers=[])
+    parser = harness.parser(__doc__, ours=[harness.BF16], peers=[])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--context", type=int, default=174, help="tokens, on average over the steps (default: 174)")
     parser.add_argument("--steps", type=int, default=20, help="of each series and round (default: 20)")
