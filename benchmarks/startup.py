@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=["warm", "cold", "first"], default=["warm", "cold", "first"])
     parser.add_argument("--first-rounds", type=int, default=1, help="very first starts of each mode of ours; each downloads the model (default: 1)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)     # so that the engine under way is closed
     report = harness.new_report("startup", "case", [FIRST_TOKEN, READY], arguments)
     starts = Starts(arguments, report)
     if "warm" in arguments.cases:
