@@ -144,6 +144,7 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.report.watch.end()
         self.close()
         signal.signal(signal.SIGTERM, self._on_sigterm)
 

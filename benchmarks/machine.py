@@ -64,13 +64,23 @@ def machine_cpu_s() -> float:
 
 
 class Watch:
-    """Over a whole run: CPU pressure before and after, and what processes that are not ours used."""
+    """Over a whole run: CPU pressure before and after, and what processes that are not ours used.
+
+    ``end`` it while the engines still run: the time of a killed process that nobody waited for is lost.
+    """
 
     def __init__(self) -> None:
         self._pressure_before = pressure()
         self._started_s, self._machine_s, self._own_s = time.monotonic(), machine_cpu_s(), tree_cpu_s(os.getpid())
+        self._result: dict[str, float] | None = None
+
+    def end(self) -> None:
+        self._result = self._until_now()
 
     def result(self) -> dict[str, float]:
+        return self._result or self._until_now()
+
+    def _until_now(self) -> dict[str, float]:
         elapsed_s = time.monotonic() - self._started_s
         others_s = machine_cpu_s() - self._machine_s - (tree_cpu_s(os.getpid()) - self._own_s)
         return {"pressure_before": self._pressure_before, "pressure_after": pressure(), "seconds": round(elapsed_s, 1),

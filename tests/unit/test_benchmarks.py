@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import harness
+import machine
 import offline_throughput
 import workload
 from child import Child, ChildFailed, death_reason
@@ -296,6 +297,17 @@ class TestSession:
         found = harness.whole_and_decode(Engine(), [([1, 2], 11), ([3], 21)], "whole", "decode")
         assert found == {"whole": pytest.approx(32 / 5), "decode": pytest.approx(10.0)}
         assert harness.positive("rate", 5, -0.1) == {}
+
+
+def test_the_watch_keeps_what_it_saw_while_the_engines_ran(monkeypatch):
+    """A peer's worker that is killed and waited for by nobody takes its time along."""
+    own_s = iter([0.0, 9.0, 0.0])
+    monkeypatch.setattr(machine, "machine_cpu_s", iter([100.0, 110.0, 120.0]).__next__)
+    monkeypatch.setattr(machine, "tree_cpu_s", lambda pid: next(own_s))
+    monkeypatch.setattr(machine.time, "monotonic", iter([0.0, 10.0, 20.0]).__next__)
+    watch = machine.Watch()
+    watch.end()
+    assert watch.result()["others_cores"] == 0.1
 
 
 def test_offline_throughput_is_workload_w_beside_transformers(tmp_path, monkeypatch):
