@@ -70,7 +70,7 @@ def make_workload(ids: list[int], count: int, max_tokens: int, num_others: int =
     """``count`` prompts of 1 … ``longest`` tokens, evenly in the logarithm, cut from ``ids``."""
     lengths = [round(longest ** (i / (count - 1))) for i in range(count)]
     prompts = [ids[997 * i:997 * i + n] for i, n in enumerate(lengths)]
-    others = [ids[100 + 613 * i:100 + 613 * i + 1 + (i * 37) % 200] for i in range(num_others)]
+    others = [ids[100 + 613 * i:100 + 613 * i + 1 + (i * 37) % (longest // 6)] for i in range(num_others)]
     params = [SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=5, seed=1000 + i, **MIXES[i % len(MIXES)])
               for i in range(count)]
     return Workload(prompts, params, others)
@@ -207,7 +207,7 @@ CIRCUMSTANCES = [
     Circumstance("prefix hit, many blocks", lambda _work: {}, lambda engine, work: after_prefix_hit(engine, work, None)),
     Circumstance("preempted", crowded, preempted),
     Circumstance("window 1", uncached(window=1), among_others),
-    Circumstance("4 steps a plan", uncached(max_plan_ms=60_000.0), several_steps_a_plan),
+    Circumstance("4 steps a plan", uncached(max_plan_ms=60_000.0, max_num_batched_tokens=2048), several_steps_a_plan),
     Circumstance("speculation", uncached(speculative="ngram", prompt_lookup_min=1), guessed_at),
 ]
 

@@ -13,7 +13,7 @@ NAMES = [circumstance.name for circumstance in CIRCUMSTANCES]
 
 
 def all_records(model_dir, **settings):
-    work = make_workload(Tokenizer(model_dir).encode(ordinary_text()), count=8, longest=600, max_tokens=16)
+    work = make_workload(Tokenizer(model_dir).encode(ordinary_text()), count=8, longest=400, max_tokens=16)
     return {name: record for name, record, _ in measure(str(model_dir), [ALONE, *CIRCUMSTANCES], work, **settings)}
 
 
