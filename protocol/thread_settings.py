@@ -12,9 +12,7 @@ from collections.abc import Mapping
 
 PREFIXES = ("OMP_", "GOMP_", "KMP_")
 MKL = ("MKL_NUM_THREADS", "MKL_NUM_STRIPES", "MKL_DOMAIN_NUM_THREADS", "MKL_DYNAMIC", "MKL_THREADING_LAYER")
-WORKER = {
-    "GOMP_SPINCOUNT": "1000",      # libgomp's own makes a step several times slower beside other processes
-    "OMP_STACKSIZE": "8M"}         # a thread's: a kernel's scratch takes up to 256 KiB of it (kernels/rows.h)
+WORKER = {"GOMP_SPINCOUNT": "1000"}    # of torch's own operations: libgomp's makes them several times slower beside other processes
 OTHERS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 

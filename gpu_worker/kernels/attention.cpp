@@ -209,10 +209,10 @@ template <typename T, typename E>
 void attend_on(Team& team, const AttentionArguments<T>& a) {
     using Q = std::conditional_t<in_pairs<T, E>(), bf16, float>;
     const Layer layer{a.kv, a.scale, a.softcap, a.plan};
-    team.for_each(a.plan->units.size(), [&](int64_t i) {
+    team.for_each(a.plan->units.size(), [&](int64_t i, int rank) {
         const AttentionUnit& unit = a.plan->units[i];
         for (int head = unit.kv_head; head < unit.last_kv_head; ++head) {
-            UnitRun<Q, E> run(layer, unit, head, a.plan->thread_scratch(team.rank));
+            UnitRun<Q, E> run(layer, unit, head, a.plan->thread_scratch(rank));
             run.take_queries(a.queries);
             if (run.attend()) run.write(a.attended);
         }
@@ -223,10 +223,8 @@ void attend_on(Team& team, const AttentionArguments<T>& a) {
 
 template <typename T>
 void attend(Team& team, const AttentionArguments<T>& a) {
-    if (team.rank == 0) {
-        const int64_t width = (int64_t)a.plan->shape.num_heads * a.plan->shape.head_dim;
-        std::fill(a.attended + a.tokens * width, a.attended + a.padded_tokens * width, T());
-    }
+    const int64_t width = (int64_t)a.plan->shape.num_heads * a.plan->shape.head_dim;
+    std::fill(a.attended + a.tokens * width, a.attended + a.padded_tokens * width, T());
     switch (a.kv.type) {
         case KVType::float32: return attend_on<T, float>(team, a);
         case KVType::bfloat16: return attend_on<T, bf16>(team, a);

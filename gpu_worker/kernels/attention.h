@@ -1,9 +1,9 @@
-// Paged attention of one layer, and what stores the K and V that it reads: three phases.
+// Paged attention of one layer, and what stores the K and V that it reads: three loops.
 //
 //     store_kv or rope_and_store(team, …);     K and V of all tokens of the step enter the cache
 //     attend(team, …);                         every token attends to what is in the cache
 //
-// A phase ends with a barrier, so nothing attends before everything is stored. T is float or bf16:
+// A loop ends when all of its units are done, so nothing attends before everything is stored. T is float or bf16:
 // what activations are kept as between operators; arithmetic is float. A token's result depends on
 // its own tokens alone: not on its neighbours, on the cut of the work, on block ids or threads.
 #pragma once

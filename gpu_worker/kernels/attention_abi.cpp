@@ -1,4 +1,4 @@
-// Attention's C ABI: plans by handle, and a region of its own for each call.
+// Attention's C ABI: plans by handle, and a team of its own for each call.
 
 #include <new>
 

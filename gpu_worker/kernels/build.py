@@ -20,7 +20,7 @@ from pathlib import Path
 from protocol.cache_dir import cache_dir, flush, taken
 
 SOURCES = Path(__file__).resolve().parent
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
 LONGEST, LONGEST_FLAGS = "attention.cpp", ("-O2",)       # half of all there is to compile; a sixth sooner so, and as fast
 COMPILERS = ("g++", "c++", "clang++")
 TIMEOUT_S = 120.0
@@ -139,7 +139,7 @@ def _compile(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
             if done.returncode:
                 raise KernelsUnavailable(f"the kernels do not compile with {compiler}: {_first_error(done.stderr)}")
     library = folder / "kernels.so"
-    linked = _run([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(library)])
+    linked = _run([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
     if linked.returncode:
         raise KernelsUnavailable(f"the kernels do not link with {compiler}: {_first_error(linked.stderr)}")
     return library

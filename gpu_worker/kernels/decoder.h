@@ -1,6 +1,6 @@
-// A whole forward of a Llama-family decoder as one parallel region: embedding, all layers, last norm.
+// A whole forward of a Llama-family decoder as one call: embedding, all layers, last norm.
 //
-// No Python and no dispatcher between the operators; each is a phase of its own file, with the
+// No Python and no dispatcher between the operators; each has a file of its own, with the
 // same arithmetic at every number of rows, so a token has the same bits in a batch of one and of
 // hundreds. T, float or bf16, is what rows are kept as between operators.
 #pragma once

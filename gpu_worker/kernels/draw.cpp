@@ -219,8 +219,8 @@ Row row_at(const DrawArguments& a, const Draw& asked, int rank) {
 }  // namespace
 
 void draw(Team& team, const DrawArguments& a) {
-    team.for_each(a.count, [&](int64_t r) {
-        Row row = row_at(a, a.draws[r], team.rank);
+    team.for_each(a.count, [&](int64_t r, int rank) {
+        Row row = row_at(a, a.draws[r], rank);
         const float largest = largest_of(row);
         const bool fails = !std::isfinite(largest);
         a.errors[r] = !fails ? 0 : largest < 0 ? a.empty_error : a.nan_error;

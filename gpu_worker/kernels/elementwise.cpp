@@ -81,7 +81,7 @@ INSTANTIATE(bf16)
 
 }  // namespace folo
 
-// ---- C ABI: each opens a region of its own. bfloat16 where `is_bf16`, else float. ----
+// ---- C ABI: each with a team of its own. bfloat16 where `is_bf16`, else float. ----
 
 using namespace folo;
 

@@ -1,6 +1,6 @@
 // The most likely token of each row of logits.
 //
-// Two rounds in one phase: the largest logit of each segment, then each row's first place of the largest
+// In two rounds: the largest logit of each segment, then each row's first place of the largest
 // of all. Units of work are segments, then rows.
 #pragma once
 

@@ -60,7 +60,7 @@ class Library:
         path = build(level, extra)
         try:
             functions = ctypes.CDLL(str(path))
-        except OSError as error:        # a file system that nothing is run from, a library of OpenMP that is missing
+        except OSError as error:        # a file system that nothing is run from, a C++ library that is missing
             raise KernelsUnavailable(str(error)) from None
         for name, arguments in SIGNATURES.items():
             function = getattr(functions, name)

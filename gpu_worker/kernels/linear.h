@@ -1,6 +1,6 @@
 // Matrix products: y [rows, n] = x [rows, k] · Wᵀ (+ bias), weights in panels of 16 outputs.
 //
-// Called as one phase by all threads of a team. The number of rows chooses the schedule (tiles,
+// The threads of a team share a product. The number of rows chooses the schedule (tiles,
 // units of work), never the arithmetic: an output is one chain of operations over its k inputs,
 // written below, wherever its row stands and whatever stands beside it.
 //

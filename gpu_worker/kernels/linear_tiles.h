@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "dot.h"
 #include "linear.h"
@@ -78,36 +79,17 @@ void multiply_rows(const LinearWeight& w, const LinearInput& x, LinearOutput y, 
     }
 }
 
-// Units of work with few rows: runs of panels, the longest first, so that memory is read in long runs, few
-// tickets are drawn, and threads end at the same time all the same. A thread's tickets only rise, so it
-// counts on from its last.
-class PanelRuns {
-  public:
-    PanelRuns(int64_t all_panels, int threads) : all_(all_panels), shares_(2 * threads), least_(all_panels < 8 * threads ? 1 : 2) {}
-
-    int64_t count() const {
-        PanelRuns runs = *this;
-        int64_t units = 0;
-        for (; runs.begin < all_; ++units) runs.step();
-        return units;
+// Units of work with few rows: runs of panels, the longest first, so that memory is read in long runs, there
+// are few of them, and threads end at the same time all the same. Where each begins, and where the last ends.
+inline std::vector<int64_t> panel_runs(int64_t all_panels, int threads) {
+    const int64_t shares = 2 * threads, least = all_panels < 8 * threads ? 1 : 2;
+    std::vector<int64_t> begins{0};
+    while (begins.back() < all_panels) {
+        const int64_t left = all_panels - begins.back();
+        begins.push_back(begins.back() + std::min(left, std::clamp<int64_t>(left / shares / 2 * 2, least, 16)));
     }
-
-    // [begin, end) becomes this unit's run.
-    void advance_to(int64_t unit) {
-        while (next_unit_ <= unit) step();
-    }
-
-    int64_t begin = 0, end = 0;
-
-  private:
-    void step() {
-        begin = end;
-        end = std::min(all_, begin + std::clamp<int64_t>((all_ - begin) / shares_ / 2 * 2, least_, 16));
-        ++next_unit_;
-    }
-
-    int64_t all_, shares_, least_, next_unit_ = 0;
-};
+    return begins;
+}
 
 // With many: 4 panels, which stay in the caches while the rows go by, and all rows as long as that gives enough
 // units: then each weight is read from memory once.
@@ -144,10 +126,9 @@ template <typename Kernel>
 void multiply(Team& team, const LinearWeight& w, const LinearInput& x, LinearOutput y) {
     const int64_t all_panels = (w.n + PANEL - 1) / PANEL;
     if (x.rows <= 2 * FEW_ROWS) {
-        PanelRuns runs(all_panels, team.size);
-        team.for_each(x.rows ? runs.count() : 0, [&](int64_t unit) {
-            runs.advance_to(unit);
-            multiply_block<Kernel>(w, x, y, 0, x.rows, runs.begin, runs.end);
+        const std::vector<int64_t> runs = panel_runs(all_panels, team.size);
+        team.for_each(x.rows ? runs.size() - 1 : 0, [&](int64_t unit) {
+            multiply_block<Kernel>(w, x, y, 0, x.rows, runs[unit], runs[unit + 1]);
         });
         return;
     }

@@ -1,71 +1,55 @@
-// The threads of one parallel region, and how they share the work of a phase.
+// The threads that share the work of a call, and how they share it.
 //
-// Every kernel is a function that all threads of a Team call alike ("a phase"); its units of
-// work are taken from one atomic counter, so a thread that the system has put aside delays
-// nobody but its own unit. A phase ends with a barrier, which spins for a moment and then
-// yields: nothing spins outside of a region. `run_team` opens the region, on the OpenMP pool
-// that torch uses too.
+// The thread that calls runs the code, alone; where that comes to a loop of units that do not depend
+// on each other (`for_each`), helpers take units too, one at a time. The caller waits for units that
+// helpers have begun, never for a helper: one that the system has put aside between two units, or
+// not woken yet, has none and delays nobody. Helpers look for work all the time while a call is
+// under way, and sleep outside of it.
 #pragma once
 
-#include <omp.h>
-#include <sched.h>
-
-#include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 namespace folo {
 
-constexpr int SPINS = 2000;         // about 20 µs, then the processor goes to whoever wants it
-
-struct alignas(64) Shared {
-    std::atomic<int64_t> tickets{0};             // units handed out, ever; each thread overshoots a phase once
-    alignas(64) std::atomic<int32_t> arrived{0};
-    alignas(64) std::atomic<int32_t> turn{0};    // barriers passed
-};
-
 class Team {
   public:
-    Team(Shared& shared, int rank, int size) : rank(rank), size(size), shared_(shared) {}
+    // Of at most `threads`: fewer where the system gives no more, the caller alone where another call has the helpers.
+    explicit Team(int threads);
+    ~Team();
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
 
-    const int rank, size;
+    const int size;
 
-    // unit(i) for each i in [0, count), by whichever thread is free; all are done when it returns.
+    // unit(i) or unit(i, rank) for each i in [0, count), by whoever is free; all are done when it returns.
+    // Threads at work at the same time have different ranks in [0, size).
     template <typename Unit>
-    void for_each(int64_t count, Unit unit) {
-        int64_t ticket;
-        while ((ticket = shared_.tickets.fetch_add(1, std::memory_order_relaxed) - first_ticket_) < count) unit(ticket);
-        first_ticket_ += count + size;
-        barrier();
-    }
-
-    void barrier() {
-        if (size == 1) return;
-        const int32_t turn = shared_.turn.load(std::memory_order_relaxed);
-        if (shared_.arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
-            shared_.arrived.store(0, std::memory_order_relaxed);
-            shared_.turn.store(turn + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; shared_.turn.load(std::memory_order_acquire) == turn; ++spins) {
-            if (spins < SPINS) __builtin_ia32_pause();
-            else sched_yield();
+    void for_each(int64_t count, const Unit& unit) {
+        if (size == 1 || count < 2) {
+            for (int64_t i = 0; i < count; ++i) run(&unit, i, 0, Taking<Unit>());
+        } else {
+            share([](const void* given, int64_t i, int rank) { run(static_cast<const Unit*>(given), i, rank, Taking<Unit>()); }, &unit, count);
         }
     }
 
   private:
-    Shared& shared_;
-    int64_t first_ticket_ = 0;      // the same in all threads
+    using UnitFunction = void (*)(const void* unit, int64_t i, int rank);
+
+    template <typename Unit> using Taking = std::is_invocable<const Unit&, int64_t, int>;
+    template <typename Unit> static void run(const Unit* unit, int64_t i, int rank, std::true_type) { (*unit)(i, rank); }
+    template <typename Unit> static void run(const Unit* unit, int64_t i, int, std::false_type) { (*unit)(i); }
+
+    void share(UnitFunction function, const void* unit, int64_t count);
+
+    bool is_awake_ = false;         // the helpers have been told of this call
 };
 
-// body(team) on `threads` threads.
+// body(team), with at most `threads`.
 template <typename Body>
-void run_team(int threads, Body body) {
-    Shared shared;
-#pragma omp parallel num_threads(threads)
-    {
-        Team team(shared, omp_get_thread_num(), omp_get_num_threads());
-        body(team);
-    }
+void run_team(int threads, const Body& body) {
+    Team team(threads);
+    body(team);
 }
 
 }  // namespace folo

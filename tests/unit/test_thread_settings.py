@@ -21,7 +21,7 @@ def test_the_worker_gets_ours_alone(users, monkeypatch):
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     env = launch.environment("worker")
     assert {name: env[name] for name in env if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))} == {
-        "GOMP_SPINCOUNT": "1000", "OMP_STACKSIZE": "8M", "MKL_CBWR": "COMPATIBLE"}      # that one chooses an arithmetic
+        "GOMP_SPINCOUNT": "1000", "MKL_CBWR": "COMPATIBLE"}      # that one chooses an arithmetic
 
 
 @pytest.mark.parametrize("role", ["core", "frontend", "resolver"])
