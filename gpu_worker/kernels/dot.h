@@ -55,21 +55,26 @@ struct Float32Dot {
 
 // Pairs of bfloat16.
 struct Bf16Dot {
-    static constexpr int INPUTS = 2, INPUT_BYTES = 4;
+    static constexpr int INPUTS = 2;
     using Sum = F32;
 #if defined(FOLO_BF16)
-    static constexpr int PARTS = 1;
+    static constexpr int PARTS = 1, INPUT_BYTES = 4;
     using Vector = I32;
     template <int> static I32 weights(const uint8_t* p) { return loadi(p); }
     template <int> static I32 inputs(const uint8_t* p) { return broadcast_four_bytes(p); }
     static void add(F32& sum, I32 w, I32 x) { sum = _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w); }
 #else
-    static constexpr int PARTS = 2;             // even inputs, odd inputs, as floats
+    // As floats, first the even inputs, then the odd ones; a panel's weights when they are read, the inputs beforehand.
+    static constexpr int PARTS = 2, INPUT_BYTES = 8;
     using Vector = F32;
+    using Wide = float;
     template <int PART> static F32 half(I32 pair) { return as_float(PART ? andi(pair, set1i(0xffff0000)) : shift_left<16>(pair)); }
     template <int PART> static F32 weights(const uint8_t* p) { return half<PART>(loadi(p)); }
-    template <int PART> static F32 inputs(const uint8_t* p) { return half<PART>(broadcast_four_bytes(p)); }
+    template <int PART> static F32 inputs(const uint8_t* p) { return as_float(broadcast_four_bytes(p + 4 * PART)); }
     static void add(F32& sum, F32 w, F32 x) { add_product(sum, x, w); }
+    static void widen(const uint8_t* x, int width, float* to) {
+        for (int i = 0; i < width; i += LANES) store(to + i, load_as_float(reinterpret_cast<const bf16*>(x) + i));
+    }
 #endif
 };
 
@@ -87,12 +92,13 @@ struct Int8Dot {
     // As words: the products of two bytes would not fit into one. A word of weights gives its even and its
     // odd byte by one operation each, so the inputs are widened beforehand, in the order 0 2 1 3.
     static constexpr int PARTS = 2, INPUT_BYTES = 8;
+    using Wide = int16_t;
     template <int PART> static I32 weights(const uint8_t* p) {
         return PART ? shift_words_right<8>(loadi(p)) : andi(loadi(p), set1i(0x00ff00ff));
     }
     template <int PART> static I32 inputs(const uint8_t* p) { return broadcast_four_bytes(p + 4 * PART); }
     static void add(Sums& sum, I32 w, I32 x) { add_longs(sum, pair_products_s16(w, x)); }
-    static void widen(const int8_t* x, int width, int16_t* to) {
+    static void widen(const uint8_t* x, int width, int16_t* to) {
         const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
         for (int i = 0; i < width; i += 16) {
             const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)), order);

@@ -10,14 +10,7 @@ template <typename Dot>
 struct FloatRows {
     static int64_t panel_bytes(int k) { return (int64_t)k / Dot::INPUTS * STEP; }
 
-    template <int R>
-    struct Inputs {
-        const uint8_t* rows[R];
-        Inputs(const LinearWeight& w, const LinearInput& x, const TileRows<R>& rows_of) {
-            const int64_t row_bytes = w.k / Dot::INPUTS * Dot::INPUT_BYTES;
-            for (int r = 0; r < R; ++r) rows[r] = static_cast<const uint8_t*>(x.values) + rows_of.at[r] * row_bytes;
-        }
-    };
+    template <int R> using Inputs = RowInputs<Dot, R>;
 
     template <int R, int P>
     static void tile(const LinearWeight& w, const uint8_t* const (&panels)[P], const Inputs<R>& x, float (&to)[R][P * PANEL]) {

@@ -45,6 +45,8 @@ struct LinearWeight {
 
 enum class InputKind : int32_t { float32 = 0, bf16 = 1, per_token = 2, per_group = 3 };
 
+constexpr int input_bytes(InputKind kind) { return kind == InputKind::float32 ? 4 : kind == InputKind::bf16 ? 2 : 1; }
+
 // Mirrored by linear.py. For quantized kinds the parts of QuantizedRows.
 struct LinearInput {
     InputKind kind;

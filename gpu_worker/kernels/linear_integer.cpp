@@ -12,12 +12,12 @@ constexpr int INT4_GROUP_BYTES = 4 * STEP, INT4_BLOCK_BYTES = INT4_GROUP_BYTES +
 
 inline const uint16_t* halves_at(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
 
-// Scales and sums of a tile's rows.
-template <int R>
-struct QuantizedInputs {
+// A tile's rows, with their scales and sums.
+template <typename Dot, int R>
+struct QuantizedInputs : RowInputs<Dot, R> {
     const float* scales[R];
     const int32_t* sums[R];
-    QuantizedInputs(const LinearWeight& w, const LinearInput& x, const TileRows<R>& rows_of) {
+    QuantizedInputs(const LinearWeight& w, const LinearInput& x, const TileRows<R>& rows_of) : RowInputs<Dot, R>(w, x, rows_of) {
         const int parts = x.kind == InputKind::per_group ? w.k / GROUP : 1;
         for (int r = 0; r < R; ++r) {
             scales[r] = x.scales + rows_of.at[r] * parts;
@@ -25,34 +25,6 @@ struct QuantizedInputs {
         }
     }
 };
-
-// And their values as they stand.
-template <int R>
-struct PlainInputs : QuantizedInputs<R> {
-    const uint8_t* rows[R];
-    PlainInputs(const LinearWeight& w, const LinearInput& x, const TileRows<R>& rows_of) : QuantizedInputs<R>(w, x, rows_of) {
-        for (int r = 0; r < R; ++r) rows[r] = static_cast<const uint8_t*>(x.values) + rows_of.at[r] * w.k;
-    }
-};
-
-#if defined(FOLO_VNNI)
-template <int R> using Int8Inputs = PlainInputs<R>;
-#else
-// And their values as words.
-template <int R>
-struct Int8Inputs : QuantizedInputs<R> {
-    const uint8_t* rows[R];
-    int16_t words[R * MAX_WIDTH];
-    Int8Inputs(const LinearWeight& w, const LinearInput& x, const TileRows<R>& rows_of) : QuantizedInputs<R>(w, x, rows_of) {
-        for (int r = 0; r < R; ++r) {
-            int16_t* row = words + r * w.k;
-            rows[r] = reinterpret_cast<const uint8_t*>(row);
-            if (r && rows_of.at[r] == rows_of.at[r - 1]) rows[r] = rows[r - 1];
-            else Int8Dot::widen(static_cast<const int8_t*>(x.values) + rows_of.at[r] * w.k, w.k, row);
-        }
-    }
-};
-#endif
 
 template <int R, int N>
 [[gnu::always_inline]] inline void clear(float (&to)[R][N]) {
@@ -64,7 +36,7 @@ template <int R, int N>
 // 8-bit weights and one scale for all inputs of a row.
 struct PerToken {
     static int64_t panel_bytes(int k) { return (int64_t)k * PANEL; }
-    template <int R> using Inputs = Int8Inputs<R>;
+    template <int R> using Inputs = QuantizedInputs<Int8Dot, R>;
 
     template <int R, int P>
     static void tile(const LinearWeight& w, const uint8_t* const (&panels)[P], const Inputs<R>& x, float (&to)[R][P * PANEL]) {
@@ -85,7 +57,7 @@ template <bool BLOCKS>
 struct PerGroup {
     static int64_t groups_at(int64_t g) { return g * INT8_GROUP_BYTES + (BLOCKS ? (g + 1) / 2 * INT8_SCALES_BYTES : 0); }
     static int64_t panel_bytes(int k) { return groups_at(k / GROUP); }
-    template <int R> using Inputs = Int8Inputs<R>;
+    template <int R> using Inputs = QuantizedInputs<Int8Dot, R>;
 
     template <int R, int P>
     static void tile(const LinearWeight& w, const uint8_t* const (&panels)[P], const Inputs<R>& x, float (&to)[R][P * PANEL]) {
@@ -114,7 +86,7 @@ struct PerGroup {
 // 4-bit weights in blocks with a scale and a minimum.
 struct Blocks4 {
     static int64_t panel_bytes(int k) { return (int64_t)k / GROUP * INT4_BLOCK_BYTES; }
-    template <int R> using Inputs = PlainInputs<R>;
+    template <int R> using Inputs = QuantizedInputs<Int4Dot, R>;
 
     template <int R, int P>
     static void tile(const LinearWeight& w, const uint8_t* const (&panels)[P], const Inputs<R>& x, float (&to)[R][P * PANEL]) {

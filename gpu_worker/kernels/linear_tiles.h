@@ -43,6 +43,31 @@ struct TileRows {
     }
 };
 
+// Their inputs as `Dot` reads them: as they stand, or widened by it.
+template <typename Dot, int R, typename = void>
+struct RowInputs {
+    const uint8_t* rows[R];
+    RowInputs(const LinearWeight& w, const LinearInput& x, const TileRows<R>& rows_of) {
+        const int64_t row_bytes = (int64_t)w.k * input_bytes(x.kind);
+        for (int r = 0; r < R; ++r) rows[r] = static_cast<const uint8_t*>(x.values) + rows_of.at[r] * row_bytes;
+    }
+};
+
+template <typename Dot, int R>
+struct RowInputs<Dot, R, std::void_t<typename Dot::Wide>> {
+    const uint8_t* rows[R];
+    typename Dot::Wide wide[R * MAX_WIDTH];
+    RowInputs(const LinearWeight& w, const LinearInput& x, const TileRows<R>& rows_of) {
+        const RowInputs<void, R> narrow(w, x, rows_of);
+        for (int r = 0; r < R; ++r) {
+            auto* row = wide + r * w.k;
+            rows[r] = reinterpret_cast<const uint8_t*>(row);
+            if (r && rows_of.at[r] == rows_of.at[r - 1]) rows[r] = rows[r - 1];
+            else Dot::widen(narrow.rows[r], w.k, row);
+        }
+    }
+};
+
 // One panel's sums of one row: scales, bias, and into y.
 template <typename T>
 inline void hand_on(const LinearWeight& w, const float* sums, int64_t panel, T* row) {

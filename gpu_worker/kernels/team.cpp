@@ -18,7 +18,7 @@ namespace folo {
 namespace {
 
 constexpr int SPINS = 2000;                     // about 20 µs, then the processor goes to whoever wants it
-constexpr size_t STACK_BYTES = 4 << 20;         // a kernel's scratch takes up to 256 KiB of it (rows.h)
+constexpr size_t STACK_BYTES = 4 << 20;         // a kernel's scratch takes up to 768 KiB of it (linear_tiles.h)
 
 // A loop's other fields are written while no unit of it is open, so whoever takes a unit has read them right.
 struct Board {
