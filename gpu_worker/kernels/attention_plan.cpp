@@ -56,10 +56,9 @@ void AttentionPlan::make(const AttentionBatch& given, const AttentionShape& kind
     splits.clear();
     partial_floats_ = 0;
     const int most_tokens = block_tokens(shape.group());
-    int64_t total = 0, most_rows = 0;
+    int64_t total = 0;
     each_block(batch, most_tokens, [&](int32_t, int32_t, int32_t count, int32_t position) {
         total += cost(tiles_seen(shape, position, count), count) * shape.num_kv_heads;
-        most_rows = std::max<int64_t>(most_rows, count * shape.group());
     });
     const int64_t most_cost = threads == 1 ? total : total / (threads * UNITS_OF_A_THREAD) + 1;
     each_block(batch, most_tokens, [&](int32_t row, int32_t token, int32_t count, int32_t position) {
@@ -71,7 +70,10 @@ void AttentionPlan::make(const AttentionBatch& given, const AttentionShape& kind
     };
     std::stable_sort(units.begin(), units.end(), [&](const AttentionUnit& a, const AttentionUnit& b) { return cost_of(a) > cost_of(b); });
 
-    thread_floats_ = UnitScratch::floats(most_rows, shape.head_dim);
+    thread_floats_ = 0;
+    for (const AttentionUnit& u : units) {
+        thread_floats_ = std::max(thread_floats_, u.heads_at_once(shape.group()) * UnitScratch::floats(u.count * shape.group(), shape.head_dim));
+    }
     const int64_t floats = partial_floats_ + threads * thread_floats_;
     if (floats > scratch_floats_) {
         scratch_.reset(static_cast<float*>(std::aligned_alloc(ALIGNMENT, floats * sizeof(float))));
@@ -80,21 +82,25 @@ void AttentionPlan::make(const AttentionBatch& given, const AttentionShape& kind
     }
 }
 
-// The units of one query block, each of about `most_cost` at most: several KV heads, or some segments of one.
+// The units of one query block, each of about `most_cost` at most. Few rows share out segments first, many rows heads.
 void AttentionPlan::cut(int32_t row, int32_t token, int32_t count, int32_t position, int64_t most_cost) {
     const int32_t begin = shape.first_seen(position) / SEGMENT, end = (position + count - 1) / SEGMENT + 1, segments = end - begin;
     const int64_t head_cost = cost(tiles_seen(shape, position, count), count);
-    const int64_t partials = segments * Partial::floats(count * shape.group(), shape.head_dim);
-    int64_t parts = std::min<int64_t>((head_cost + most_cost - 1) / most_cost, segments);
+    const int32_t rows = count * shape.group();
+    const int64_t partials = segments * Partial::floats(rows, shape.head_dim);
+    const int64_t most_heads = rows > SIDE_BY_SIDE ? shape.num_kv_heads : std::min(SIDE_BY_SIDE / rows, shape.num_kv_heads);
+    const int64_t whole_cost = head_cost * (rows > SIDE_BY_SIDE ? 1 : most_heads);
+    int64_t parts = std::min<int64_t>((whole_cost + most_cost - 1) / most_cost, segments);
     if (partial_floats_ + partials * shape.num_kv_heads > MOST_PARTIALS) parts = 1;
-    const int32_t heads = std::max<int64_t>(1, std::min<int64_t>(most_cost / head_cost, shape.num_kv_heads));
+    const int32_t heads = std::clamp<int64_t>(most_cost * (rows > SIDE_BY_SIDE ? 1 : parts) / head_cost, 1, most_heads);
     for (int32_t head = 0; head < shape.num_kv_heads; head += heads) {
+        const int32_t last_head = std::min(head + heads, shape.num_kv_heads);
         if (parts > 1) {
             splits.push_back({begin, end, static_cast<int32_t>(parts), 0, partial_floats_});
-            partial_floats_ += partials;
+            partial_floats_ += partials * (last_head - head);
         }
         for (int64_t part = 0; part < parts; ++part) {
-            units.push_back({row, head, std::min(head + heads, shape.num_kv_heads), token, count, position,
+            units.push_back({row, head, last_head, token, count, position,
                              static_cast<int32_t>(begin + segments * part / parts), static_cast<int32_t>(begin + segments * (part + 1) / parts),
                              parts > 1 ? static_cast<int32_t>(splits.size()) - 1 : -1});
         }

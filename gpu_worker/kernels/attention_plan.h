@@ -3,8 +3,12 @@
 // A *query block* is some consecutive new tokens of one row (request); with the query heads that
 // share a KV head it gives the *query rows* that are worked on together. A *segment* is 256
 // absolute positions, 8 tiles of 32. A *unit* is what one thread computes at a time: a query
-// block, and some KV heads or some segments that the block sees. The cut decides where and when
-// a number is computed, never how.
+// block, some KV heads, and some or all segments that the block sees. The cut decides where and
+// when a number is computed, never how.
+//
+// Few query rows wait for memory, and memory is fastest where it is read in one run: their unit
+// goes from tile to tile, and at each through its heads, which lie side by side. With many the
+// heads take turns, so that what one needs stays in the caches.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +21,7 @@ namespace folo {
 
 constexpr int SEGMENT_TILES = 8;
 constexpr int SEGMENT = SEGMENT_TILES * TILE;        // positions
+constexpr int SIDE_BY_SIDE = 12;         // query rows, of all heads that a unit reads side by side
 
 // One step's rows (requests); each has its new tokens one after another.
 struct AttentionBatch {
@@ -43,15 +48,20 @@ struct AttentionUnit {
     int32_t position;                // absolute, of the first of them
     int32_t first_segment, last_segment;             // last_segment excluded
     int32_t split;                   // the block's segments are split over several units: which SplitBlock; or −1
+
+    int heads_at_once(int group) const {
+        const int heads = last_kv_head - kv_head;
+        return heads * count * group <= SIDE_BY_SIDE ? heads : 1;
+    }
 };
 
-// A query block and KV head whose segments several units share. Each leaves its segments' partial
+// A query block and some KV heads, whose segments several units share. Each leaves its segments' partial
 // results, and whichever ends last merges them all, in ascending order.
 struct SplitBlock {
     int32_t first_segment, last_segment;
     int32_t units;
     int32_t ended;                   // counts up to `units`, then is 0 again
-    int64_t partials;                // floats before those of its first segment
+    int64_t partials;                // floats before those of its first head's first segment
 };
 
 // The partial result of one segment (or of several, merged): softmax(scores) · V = acc / sum.
@@ -60,6 +70,7 @@ struct Partial {
     float* maximum;                  // [query rows] of the scores, in powers of two
     float* sum;                      // [query rows] of the weights, relative to the maximum
 
+    Partial() = default;
     Partial(float* memory, int rows, int head_dim) : acc(memory), maximum(memory + (int64_t)rows * head_dim), sum(maximum + rows) {}
     static int64_t floats(int rows, int head_dim) { return ((int64_t)rows * (head_dim + 2) + 15) / 16 * 16; }
 };
@@ -79,14 +90,14 @@ class AttentionPlan {
     float* thread_scratch(int thread) { return scratch_.get() + partial_floats_ + thread * thread_floats_; }
 
   private:
-    void cut(int32_t row, int32_t token, int32_t count, int32_t position, int64_t tokens_each);
+    void cut(int32_t row, int32_t token, int32_t count, int32_t position, int64_t most_cost);
 
     struct Free { void operator()(float* memory) const; };
     std::unique_ptr<float[], Free> scratch_;
     int64_t scratch_floats_ = 0, partial_floats_ = 0, thread_floats_ = 0;
 };
 
-// Scratch of a thread: what a unit of so many query rows needs.
+// Scratch of a thread: what one head of a unit needs, with so many query rows.
 struct UnitScratch {
     static constexpr int SCORE_STRIDE = SEGMENT + 16;        // not a power of two: rows would share cache sets
 
@@ -98,6 +109,7 @@ struct UnitScratch {
     float* key_factors;              // [32] by which a dot product becomes a score
     float* value_scales;             // [256], for int8
 
+    UnitScratch() = default;
     UnitScratch(float* memory, int rows, int head_dim);
     static int64_t floats(int rows, int head_dim);
 };
