@@ -30,10 +30,10 @@ def run_seed(seed: int, reached: Counter[str]) -> str | None:
     return None
 
 
-def first_failure(bug: str, count: int) -> int | None:
-    """The first of ``count`` seeds that fails with ``bug`` planted."""
+def finding_seed(bug: str, first: int, count: int) -> int | None:
+    """A seed that fails with ``bug`` planted: ``first`` if it does, else the first of ``count`` seeds."""
     with plant(bug):
-        return next((seed for seed in range(count) if run_seed(seed, Counter()) is not None), None)
+        return next((seed for seed in (first, *range(count)) if run_seed(seed, Counter()) is not None), None)
 
 
 def run_seeds(first: int, count: int, processes: int) -> Report:
@@ -48,10 +48,10 @@ def run_seeds(first: int, count: int, processes: int) -> Report:
     return reached, failures
 
 
-def find_bugs(bugs: list[str], count: int, processes: int) -> dict[str, int | None]:
-    """``first_failure`` of each, planted one at a time."""
+def find_bugs(bugs: dict[str, int], count: int, processes: int) -> dict[str, int | None]:
+    """``finding_seed`` of each bug, planted one at a time; with the seed to try first."""
     with _pool(processes) as pool:
-        return dict(zip(bugs, pool.map(first_failure, bugs, [count] * len(bugs)), strict=True))
+        return dict(zip(bugs, pool.map(finding_seed, bugs, bugs.values(), [count] * len(bugs)), strict=True))
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:

@@ -20,6 +20,7 @@ from simulation.world import BLOCK, World, with_small_blocks
 
 SEEDS = 1000
 SEEDS_FOR_EACH_RARE_STATE = 20
+FOUND_BY = {"re-admission while a chunk of the request is in flight": 496}      # few seeds find it: that one is tried first
 PROCESSES = len(os.sched_getaffinity(0))
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -30,8 +31,8 @@ def report() -> Report:
 
 
 @pytest.fixture(scope="module")
-def first_failures() -> dict[str, int | None]:
-    return find_bugs(list(BUGS), SEEDS, PROCESSES)
+def finding_seeds() -> dict[str, int | None]:
+    return find_bugs({bug: FOUND_BY.get(bug, 0) for bug in BUGS}, SEEDS, PROCESSES)
 
 
 def test_no_seed_fails(report):
@@ -48,8 +49,8 @@ def test_rare_states_are_reached(report, state):
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_found(first_failures, bug):
-    assert first_failures[bug] is not None, f"none of {SEEDS} seeds fails"
+def test_a_planted_bug_is_found(finding_seeds, bug):
+    assert finding_seeds[bug] is not None, f"none of {SEEDS} seeds fails"
 
 
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])

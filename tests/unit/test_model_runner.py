@@ -25,6 +25,7 @@ from private_cache import use_private_cache
 
 CPU = torch.device("cpu")
 ROWS, BLOCKS, BLOCK_TOKENS = 8, 40, 32
+RESUMED_TOKENS = 8           # of a stream that is cut at each: over the end of a block, and more than the fewest of any
 Step = tuple[int, list[tuple[str, str]]]         # token, [(id, logprob as hex)]
 
 
@@ -126,14 +127,14 @@ WANTED = {
     "greedy": params(temperature=0.0),
     "sampled": params(temperature=0.9, top_k=40, top_p=0.9, min_p=0.01),
     "penalties": params(temperature=0.7, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.6),
-    "min_tokens": params(temperature=1.5, min_tokens=9, eos_token_ids=i32_bytes(list(range(2, 120))), stop_token_ids=i32_bytes([200, 201])),
+    "min_tokens": params(temperature=1.5, min_tokens=5, eos_token_ids=i32_bytes(list(range(2, 120))), stop_token_ids=i32_bytes([200, 201])),
     "bad_words": params(temperature=1.0, bad_words_ids=i32_bytes([9, *(i for t in range(20, 250) for i in (t, t + 1))]),
                         bad_words_lengths=i32_bytes([1] + [2] * 230)),
     "bias": params(temperature=0.8, logit_bias_ids=i32_bytes([30, 31]), logit_bias_values=f32_bytes([3.0, -50.0]),
                    allowed_token_ids=i32_bytes(list(range(20, 60)))),
 }
 WANTED["everything"] = params(
-    temperature=0.9, top_k=60, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.3, min_tokens=7,
+    temperature=0.9, top_k=60, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.3, min_tokens=4,
     eos_token_ids=i32_bytes(list(range(2, 90))), bad_words_ids=WANTED["bad_words"].bad_words_ids,
     bad_words_lengths=WANTED["bad_words"].bad_words_lengths, logit_bias_ids=i32_bytes([130]), logit_bias_values=f32_bytes([4.0]))
 
@@ -197,7 +198,7 @@ def dirty_splits(model: LoadedModel, ids: list[int], wanted: TokenParams, whole:
 @pytest.mark.parametrize("name", WANTED)
 def test_resumed_row_goes_on_with_the_same_bits(model: LoadedModel, name: str) -> None:
     ids = prompt(29, seed=4)
-    whole = Driver(model).generate(0, ids, WANTED[name], 14)
+    whole = Driver(model).generate(0, ids, WANTED[name], RESUMED_TOKENS)
     for split, rest in dirty_splits(model, ids, WANTED[name], whole):
         assert rest == whole[split:], split
 
@@ -218,7 +219,7 @@ def test_params_of_the_split_test_matter(model: LoadedModel) -> None:
     ids = prompt(29, seed=4)
     for name, wanted in WANTED.items():
         neutral = params(temperature=wanted.temperature, top_k=wanted.top_k, top_p=wanted.top_p, min_p=wanted.min_p)
-        tokens, plain = (Driver(model).generate(0, ids, p, 14) for p in (wanted, neutral))
+        tokens, plain = (Driver(model).generate(0, ids, p, RESUMED_TOKENS) for p in (wanted, neutral))
         assert (tokens != plain) == (name not in ("greedy", "sampled")), name
 
 
