@@ -2,8 +2,10 @@
 
     python benchmarks/long_context.py --peers DIR
 
-Prefill is the prompt's tokens over the time to one output token; decode is 64 further tokens
-over the time beyond that.  Every run has a prompt of its own, prefix caches are off.
+Prefill is the prompt's tokens over the time to the first output token; decode is 64 further tokens
+over the time from there to the last, of one and the same stream: a prefill takes many times as
+long, and two of them differ by more than those tokens.  Every run has a prompt of its own, prefix
+caches are off.  The streams are those of ``serving.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import harness
 from engines import Engine
 from peer_process import DEFAULT_PEERS
 from report import Metric
+from serving import serve
 from workload import make_equal
 
 PREFILL, DECODE = Metric("prefill", "tokens/s", digits=0), Metric("decode", "tokens/s")
@@ -32,14 +35,12 @@ def main() -> None:
     report = harness.new_report("long_context", "context", [PREFILL, DECODE], arguments)
     seeds = count()
     with harness.Session(arguments, report) as session:
-        session.load(width=1)
+        session.load(width=1, serving=True, warm=False)
         for context in arguments.contexts:
 
             def measure(engine: Engine, context: int = context) -> dict[str, float]:
-                first = engine.run(make_equal(1, context, 1, next(seeds)))
-                both = engine.run(make_equal(1, context, 1 + arguments.decode_tokens, next(seeds)))
-                return {PREFILL.name: context / first.seconds} | harness.positive(
-                    DECODE.name, arguments.decode_tokens, both.seconds - first.seconds)
+                [stream] = serve(engine, make_equal(1, context, 1 + arguments.decode_tokens, next(seeds)), [0.0])
+                return {PREFILL.name: context / stream.ttft_s, DECODE.name: 1 / stream.tpot_s}
 
             session.alternate(context, measure, warm_ups=1)
     report.finish(arguments.out)
