@@ -23,11 +23,11 @@ struct Layer {
 template <typename Q>
 struct HeadRun : UnitScratch {
     int kv_head;
-    Partial result;                  // where the segment at work leaves its own
+    Partial result{};                // where the segment at work leaves its own
 
     HeadRun() = default;
     HeadRun(int kv_head, float* memory, int rows, int dim) : UnitScratch(memory, rows, dim), kv_head(kv_head) {}
-    Q* queries_as() const { return reinterpret_cast<Q*>(queries); }
+    Q* rows_of_queries() const { return reinterpret_cast<Q*>(queries); }
 };
 
 // One thread at work on KV heads first_head … last_head − 1 of a unit, side by side. Q: queries and weights, E: K and V.
@@ -45,7 +45,7 @@ class UnitRun {
         each_head([&](Head& h) {
             for (int r = 0; r < rows; ++r) {
                 const T* x = from.at(u.token + r / group, h.kv_head * group + r % group);
-                for (int i = 0; i < dim; i += LANES) store_from_float(h.queries_as() + r * dim + i, load_as_float(x + i));
+                for (int i = 0; i < dim; i += LANES) store_from_float(h.rows_of_queries() + r * dim + i, load_as_float(x + i));
             }
         });
     }
@@ -199,7 +199,7 @@ class UnitRun {
         on_tile(keys(tile, h.kv_head).values, next, h.keys, expand, [&](const auto* tile_keys, const auto* next_keys, auto fetched) {
             in_groups((s.last - s.first) * group, [&](auto count, int row) {
                 row += s.first * group;
-                score<count, fetched>(h.queries_as() + row * dim, tile_keys, next_keys, dim, h.key_factors,
+                score<count, fetched>(h.rows_of_queries() + row * dim, tile_keys, next_keys, dim, h.key_factors,
                                       h.scores + row * SCORE_STRIDE + place);
             });
         });

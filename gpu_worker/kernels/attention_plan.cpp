@@ -95,7 +95,7 @@ void AttentionPlan::cut(int32_t row, int32_t token, int32_t count, int32_t posit
     const int32_t heads = std::clamp<int64_t>(most_cost * (rows > SIDE_BY_SIDE ? 1 : parts) / head_cost, 1, most_heads);
     for (int32_t head = 0; head < shape.num_kv_heads; head += heads) {
         const int32_t last_head = std::min(head + heads, shape.num_kv_heads);
-        if (parts > 1) {
+        if (parts > 1) {                // then the heads lie side by side: none takes a turn of its own
             splits.push_back({begin, end, static_cast<int32_t>(parts), 0, partial_floats_});
             partial_floats_ += partials * (last_head - head);
         }

@@ -21,7 +21,8 @@ namespace folo {
 
 constexpr int SEGMENT_TILES = 8;
 constexpr int SEGMENT = SEGMENT_TILES * TILE;        // positions
-constexpr int SIDE_BY_SIDE = 12;         // query rows, of all heads that a unit reads side by side
+constexpr int SIDE_BY_SIDE = 12;     // query rows, of all heads that a unit reads side by side. More of them, of one head, have
+                                     // each tile laid out for them first: then the products take the time, and memory does not matter
 
 // One step's rows (requests); each has its new tokens one after another.
 struct AttentionBatch {

@@ -123,6 +123,19 @@ def test_bits_of_segments_shared_by_units(library, dtype, kv_dtype):
 
 
 @TYPES
+@pytest.mark.parametrize(("lengths", "last", "window"), [([1100] * 3, 1, None), ([1100] * 4, 1, None), ([656] * 4, 2, 400)],
+                         ids=["two heads and one", "three heads", "three heads in a window"])
+def test_bits_of_segments_and_heads_shared_by_units(library, dtype, kv_dtype, lengths, last, window):
+    """Few query rows: a unit reads some segments of several KV heads, and the last one merges them."""
+    requests = Requests.random(lengths, dtype, kv_dtype, heads=6, kv_heads=3, dim=16, window=window)
+    steps = [[(request, length - last) for request, length in enumerate(lengths)], [(request, last) for request in range(len(lengths))]]
+    whole = {}
+    for request, length in enumerate(lengths):
+        whole |= requests.attended(CpuAttention(library, 1), in_chunks(request, length, (length,)))
+    assert equal(requests.attended(CpuAttention(library, 2), steps, seed=1), whole)
+
+
+@TYPES
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_queries_that_are_not_finite_harm_only_their_own_row(attention, dtype, kv_dtype, bad):
     lengths = [70, 1, 33]
