@@ -1,7 +1,7 @@
 """The environment that the threads of a child process are made by: ours, whatever the user's says.
 
 Used by launch.py for each child.  The user's settings are for programs of the user's own: one that
-makes idle threads spin takes a whole processor, a small stack ends the worker at its first request.
+makes idle threads spin takes a whole processor, a small stack ends the worker.
 How many threads compute is ``--num-threads``.  What chooses an arithmetic (MKL_CBWR and the like)
 is left as it is, and is in the fingerprint (``gpu_worker/device.py``).
 """

@@ -20,7 +20,7 @@ from pathlib import Path
 from protocol.cache_dir import cache_dir, flush, taken
 
 SOURCES = Path(__file__).resolve().parent
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-stack-clash-protection", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
 LONGEST, LONGEST_FLAGS = "attention.cpp", ("-O2",)       # half of all there is to compile; a sixth sooner so, and as fast
 COMPILERS = ("g++", "c++", "clang++")
 TIMEOUT_S = 120.0

@@ -10,7 +10,7 @@
 namespace folo {
 
 constexpr int GROUP = 32;           // inputs that share a scale, where a product wants groups
-constexpr int MAX_WIDTH = 32768;    // inputs of a product: scratch for some rows lies on the stack
+constexpr int MAX_WIDTH = 32768;    // inputs of a product: up to 6 rows lie on the stack, as floats
 
 // int8 rows: value = values · scale of the row, or of the group of 32 within it.
 struct QuantizedRows {

@@ -9,6 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <climits>
 #include <mutex>
@@ -20,27 +21,28 @@ namespace {
 constexpr int SPINS = 2000;                     // about 20 µs, then the processor goes to whoever wants it
 constexpr size_t STACK_BYTES = 4 << 20;         // a kernel's scratch takes up to 768 KiB of it (linear_tiles.h)
 
-// A loop's other fields are written while no unit of it is open, so whoever takes a unit has read them right.
 struct Board {
     alignas(64) std::atomic<uint64_t> open{0};           // the loop's number · 2³² + units that nobody has taken
-    std::atomic<void (*)(const void*, int64_t, int)> function{nullptr};
+    // What the loop is: written while none of its units is open, so whoever takes one has read it right.
+    std::atomic<Team::UnitFunction> run{nullptr};
     std::atomic<const void*> unit{nullptr};
     std::atomic<int64_t> count{0};
+    std::atomic<int> size{1};                            // of the team
     alignas(64) std::atomic<int64_t> ended{0};           // units of the loop, by helpers
-    alignas(64) std::atomic<uint32_t> turn{0};           // odd while a call is under way
-    std::atomic<int> size{1};                            // of its team
+    alignas(64) std::atomic<uint32_t> turn{0};           // odd from a call's first loop to its end
     std::atomic<int> sleeping{0};
 
-    // Takes units and runs them until none is left: how many.
+    // Takes units and runs them until none is left, or none that is for this rank: how many.
     int64_t work(int rank) {
         int64_t done = 0;
         uint64_t seen = open.load(std::memory_order_acquire);
         while (const uint32_t left = static_cast<uint32_t>(seen)) {
-            const auto run = function.load(std::memory_order_relaxed);
+            if (rank >= size.load(std::memory_order_relaxed)) return done;      // a helper that was put aside in a larger team
+            const Team::UnitFunction function = run.load(std::memory_order_relaxed);
             const void* const given = unit.load(std::memory_order_relaxed);
             const int64_t i = count.load(std::memory_order_relaxed) - left;
             if (!open.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) continue;
-            run(given, i, rank);
+            function(given, i, rank);
             ++done;
             seen = open.load(std::memory_order_acquire);
         }
@@ -73,7 +75,7 @@ class Helpers {
     int take(int threads) {
         if (threads < 2 || !taken_.try_lock()) return 1;
         while (started_ < threads - 1 && start()) ++started_;
-        const int size = started_ < threads - 1 ? started_ + 1 : threads;
+        const int size = std::min(started_ + 1, threads);
         if (size == 1) taken_.unlock();
         return size;
     }
@@ -132,16 +134,16 @@ Team::~Team() {
     Helpers::get().give_back();
 }
 
-void Team::share(UnitFunction function, const void* unit, int64_t count) {
+void Team::share(UnitFunction run, const void* unit, int64_t count) noexcept {
     Board& board = Helpers::get().board;
     const uint64_t number = (board.open.load(std::memory_order_relaxed) >> 32) + 1;
-    board.function.store(function, std::memory_order_relaxed);
+    board.run.store(run, std::memory_order_relaxed);
     board.unit.store(unit, std::memory_order_relaxed);
     board.count.store(count, std::memory_order_relaxed);
+    board.size.store(size, std::memory_order_relaxed);
     board.open.store(number << 32 | static_cast<uint64_t>(count), std::memory_order_release);
     if (!is_awake_) {
         is_awake_ = true;
-        board.size.store(size);
         ++board.turn;
         if (board.sleeping.load()) wake_all(board.turn);
     }

@@ -4,7 +4,7 @@
 // on each other (`for_each`), helpers take units too, one at a time. The caller waits for units that
 // helpers have begun, never for a helper: one that the system has put aside between two units, or
 // not woken yet, has none and delays nobody. Helpers look for work all the time while a call is
-// under way, and sleep outside of it.
+// under way that has shared a loop, and sleep outside of it.
 #pragma once
 
 #include <cstdint>
@@ -26,21 +26,19 @@ class Team {
     // Threads at work at the same time have different ranks in [0, size).
     template <typename Unit>
     void for_each(int64_t count, const Unit& unit) {
-        if (size == 1 || count < 2) {
-            for (int64_t i = 0; i < count; ++i) run(&unit, i, 0, Taking<Unit>());
-        } else {
-            share([](const void* given, int64_t i, int rank) { run(static_cast<const Unit*>(given), i, rank, Taking<Unit>()); }, &unit, count);
-        }
+        const auto run = [](const void* given, int64_t i, int rank) {
+            const Unit& one = *static_cast<const Unit*>(given);
+            if constexpr (std::is_invocable_v<const Unit&, int64_t, int>) one(i, rank);
+            else one(i);
+        };
+        if (size > 1 && count > 1) return share(run, &unit, count);
+        for (int64_t i = 0; i < count; ++i) run(&unit, i, 0);
     }
 
-  private:
     using UnitFunction = void (*)(const void* unit, int64_t i, int rank);
 
-    template <typename Unit> using Taking = std::is_invocable<const Unit&, int64_t, int>;
-    template <typename Unit> static void run(const Unit* unit, int64_t i, int rank, std::true_type) { (*unit)(i, rank); }
-    template <typename Unit> static void run(const Unit* unit, int64_t i, int, std::false_type) { (*unit)(i); }
-
-    void share(UnitFunction function, const void* unit, int64_t count);
+  private:
+    void share(UnitFunction run, const void* unit, int64_t count) noexcept;
 
     bool is_awake_ = false;         // the helpers have been told of this call
 };

@@ -67,7 +67,7 @@ def test_a_model_with_two_eos_ids_stops_at_either(two_eos: tuple[Path, list[list
 
 
 def test_the_users_settings_of_threads_end_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Stacks too small for the kernels, threads that spin for ever: none of it reaches the worker."""
+    """Stacks too small for torch, threads that spin for ever: none of it reaches the worker."""
     use_private_cache(monkeypatch, tmp_path / "cache")
     path = write_tiny_llama(tmp_path / "model", vocab_size=258, head_dim=64, hidden_size=256, intermediate_size=1024)
     write_byte_tokenizer(path)

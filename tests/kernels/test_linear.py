@@ -5,7 +5,6 @@ bfloat16 products have the instruction's own bits.
 """
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -156,6 +155,13 @@ def test_sums_over_the_most_inputs(library):
     assert torch.equal(found, (values.long() @ values.repeat(9, 1).long().t()).float())
 
 
+@EACH_FORM
+def test_many_rows_of_the_most_inputs(library, form):
+    """What a thread widens lies on its stack."""
+    rows = given(library, form, spread(9, MAX_INPUTS))
+    assert_same_bits_alone(library, weight(form[0], 33, MAX_INPUTS), rows, (1, 6))
+
+
 @pytest.mark.parametrize("kind", [WeightKind.FLOAT32, WeightKind.BF16], ids=lambda kind: kind.name.lower())
 @pytest.mark.parametrize("k_block", [32, 512, 1024])
 def test_inputs_in_blocks(library, kind, k_block):
@@ -196,16 +202,3 @@ def test_rows_of_another_form_are_refused(library):
         product(given(library, (None, InputKind.PER_TOKEN), spread(2, 96)))
     with pytest.raises(AssertionError, match="k inputs"):
         product(given(library, (None, InputKind.PER_GROUP), spread(2, 64)))
-
-
-def test_two_callers_at_once(library):
-    """The helpers are one caller's; another one computes alone meanwhile."""
-    products, rows = [weight(WeightKind.FLOAT32, n, 576) for n in (960, 576)], spread(9, 576)
-    expected = [Linear(library, product, 1, torch.float32)(rows) for product in products]
-
-    def often(i):
-        linear = Linear(library, products[i % 2], 3, torch.float32)
-        return all(torch.equal(linear(rows), expected[i % 2]) for _ in range(50))
-
-    with ThreadPoolExecutor(3) as pool:
-        assert all(pool.map(often, range(6)))
