@@ -40,7 +40,8 @@ def main() -> None:
 
             def measure(engine: Engine, context: int = context) -> dict[str, float]:
                 [stream] = serve(engine, make_equal(1, context, 1 + arguments.decode_tokens, next(seeds)), [0.0])
-                return {PREFILL.name: context / stream.ttft_s, DECODE.name: 1 / stream.tpot_s}
+                return {PREFILL.name: context / stream.ttft_s} | harness.positive(
+                    DECODE.name, arguments.decode_tokens, stream.times_s[-1] - stream.times_s[0])
 
             session.alternate(context, measure, warm_ups=1)
     report.finish(arguments.out)
