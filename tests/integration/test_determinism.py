@@ -10,8 +10,6 @@ from frontend.tokenizer import Tokenizer
 from private_cache import use_private_cache
 
 NAMES = [circumstance.name for circumstance in CIRCUMSTANCES]
-SMALL = [circumstance for circumstance in CIRCUMSTANCES if circumstance.name not in ("budget 512", "window 1", "prefix hit, one block")]
-SMALL_NAMES = [circumstance.name for circumstance in SMALL]       # each has an engine of its own: the rest are for the default model
 
 
 def all_records(model_dir, **settings):
@@ -22,7 +20,7 @@ def all_records(model_dir, **settings):
 def small_records(model_dir, **settings):
     """On one thread each, the circumstances share the processors."""
     work = make_workload(Tokenizer(model_dir).encode(ordinary_text()), count=5, longest=300, max_tokens=48)
-    every = [ALONE, *SMALL]
+    every = [ALONE, *CIRCUMSTANCES]
     with ThreadPoolExecutor(2) as pool:
         halves = pool.map(lambda part: list(measure(str(model_dir), part, work, num_threads=1, **settings)), [every[::2], every[1::2]])
         return {name: record for half in halves for name, record, _ in half}
@@ -63,12 +61,12 @@ def test_same_request_same_bits(records, name):
     check(records, name)
 
 
-@pytest.mark.parametrize("name", SMALL_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_same_bits_through_the_transformers_backend(transformers_records, name):
     check(transformers_records, name)
 
 
-@pytest.mark.parametrize("name", SMALL_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_same_bits_in_the_quantized_modes(quantized_records, name):
     check(quantized_records, name)
 
