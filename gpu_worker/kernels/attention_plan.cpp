@@ -88,11 +88,10 @@ void AttentionPlan::cut(int32_t row, int32_t token, int32_t count, int32_t posit
     const int64_t head_cost = cost(tiles_seen(shape, position, count), count);
     const int32_t rows = count * shape.group();
     const int64_t partials = segments * Partial::floats(rows, shape.head_dim);
-    const int64_t most_heads = rows > SIDE_BY_SIDE ? shape.num_kv_heads : std::min(SIDE_BY_SIDE / rows, shape.num_kv_heads);
-    const int64_t whole_cost = head_cost * (rows > SIDE_BY_SIDE ? 1 : most_heads);
-    int64_t parts = std::min<int64_t>((whole_cost + most_cost - 1) / most_cost, segments);
+    const int64_t together = std::clamp(SIDE_BY_SIDE / rows, 1, shape.num_kv_heads);        // heads
+    int64_t parts = std::min<int64_t>((together * head_cost + most_cost - 1) / most_cost, segments);
     if (partial_floats_ + partials * shape.num_kv_heads > MOST_PARTIALS) parts = 1;
-    const int32_t heads = std::clamp<int64_t>(most_cost * (rows > SIDE_BY_SIDE ? 1 : parts) / head_cost, 1, most_heads);
+    const int32_t heads = std::clamp<int64_t>(most_cost * parts / head_cost, 1, rows > SIDE_BY_SIDE ? shape.num_kv_heads : together);
     for (int32_t head = 0; head < shape.num_kv_heads; head += heads) {
         const int32_t last_head = std::min(head + heads, shape.num_kv_heads);
         if (parts > 1) {                // then the heads lie side by side: none takes a turn of its own

@@ -14,8 +14,8 @@ from gpu_worker.kernels.picker import DRAW_DTYPE
 ROWS, VOCAB = 48, 256
 
 
-def product(n, k=576):
-    return Weight.from_float(WeightKind.FLOAT32, torch.randn(n, k, generator=torch.Generator().manual_seed(n)))
+def product(n):
+    return Weight.from_float(WeightKind.FLOAT32, torch.randn(n, 576, generator=torch.Generator().manual_seed(n)))
 
 
 def draw(library, logits, scratch, threads):
