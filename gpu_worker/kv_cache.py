@@ -8,12 +8,13 @@ its owner has written are stale and may be anything, NaN included.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.kernels.huge_pages import HugePages, whole_lines
 from gpu_worker.models.spec import ModelSpec
 from protocol.codec import BLOCK_SIZE_TOKENS
 
@@ -40,10 +41,11 @@ class KVCache:
     def __init__(self, spec: ModelSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_blocks, self.dtype = num_blocks, dtype
         self.layers: list[LayerKV] = []
+        zeros = _Zeros(spec, num_blocks, dtype, device)
         for layer in spec.layers:
             shape = (num_blocks, layer.num_kv_heads, BLOCK_SIZE_TOKENS, layer.head_dim)
-            key, value = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
-            scales = [_zeros(shape[:3], torch.float32, device) for _ in range(2)] if dtype == torch.int8 else [None, None]
+            key, value = zeros.take(shape, dtype), zeros.take(shape, dtype)
+            scales = [zeros.take(shape[:3], torch.float32) for _ in range(2)] if dtype == torch.int8 else [None, None]
             self.layers.append(LayerKV(key, value, *scales))
 
     def fill_with_nan(self) -> None:
@@ -59,9 +61,17 @@ class KVCache:
         return 2 * BLOCK_SIZE_TOKENS * sum(layer.num_kv_heads * (layer.head_dim * dtype.itemsize + scale_bytes) for layer in spec.layers)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU the pages come from the system when first touched (torch writes them all now)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = {1: np.int8, 2: np.int16, 4: np.int32}[dtype.itemsize]
-    return torch.from_numpy(np.zeros(shape, dtype=size)).view(dtype)
+class _Zeros:
+    """Where the tensors come from.  On a CPU the system gives a page when it is first touched, and a large one: with small
+    ones a decode looks up as many as it reads tiles."""
+
+    def __init__(self, spec: ModelSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cpu":
+            lines = sum(4 * whole_lines(1) for _ in spec.layers)         # each of a layer's tensors begins on one
+            self._pages = HugePages(num_blocks * KVCache.block_bytes(spec, dtype) + lines)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        return self._pages.room(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
