@@ -52,6 +52,8 @@ class Regime:
         for layer in self.kv.layers:
             for tensor in layer.tensors():
                 tensor.copy_(torch.randint(-100, 100, tensor.shape, dtype=torch.int8) if tensor.dtype == torch.int8 else torch.rand(tensor.shape))
+            for scale in layer.tensors()[2:]:       # of int8; as large as a model's: of larger scores most weights would be denormal
+                scale.mul_(0.01)
         pairs = sum((2 * context - new + 1) * new // 2 for context, new in rows)
         self.flops = 4 * pairs * HEADS * DIM * num_layers
         self.bytes = sum(context for context, _new in rows) * KVCache.block_bytes(spec, kv_dtype) // BLOCK
