@@ -29,6 +29,7 @@ HOG_TOKENS = 32              # output of a hog: it grows from one block to two
 BUSY = "import time\nend_s = time.monotonic() + 3600\nwhile time.monotonic() < end_s: pass"
 
 UNCACHED = {"enable_prefix_caching": False}
+REPEATED = 40                # a token
 ARITHMETIC = ["dtype", "quantization", "kv_cache_dtype"]      # settings that choose one: flags of the command line
 
 Print = list[tuple]          # one entry a position: token id, its logprob and the best five, as hex
@@ -92,10 +93,10 @@ def alone(engine: LLMEngine, work: Workload) -> Record:
             for i, (prompt, params) in enumerate(zip(work.prompts, work.params, strict=True))}
 
 
-def among_others(engine: LLMEngine, work: Workload) -> Record:
-    """64 at once: each has 63 others beside it."""
+def among_others(engine: LLMEngine, work: Workload, **others: object) -> Record:
+    """64 at once: each has 63 others beside it, which sample as ``others`` says."""
     beside = work.others[:64 - len(work)]
-    bystander = SamplingParams(max_tokens=work.params[0].max_tokens, ignore_eos=True, temperature=1.0, seed=5)
+    bystander = SamplingParams(max_tokens=work.params[0].max_tokens, ignore_eos=True, seed=5, **{"temperature": 1.0} | others)
     outputs = engine.generate(work.prompts + beside, work.params + [bystander] * len(beside))
     return {i: print_of(outputs[i]) for i in range(len(work))}
 
@@ -139,8 +140,8 @@ def several_steps_a_plan(engine: LLMEngine, work: Workload) -> Record:
 
 
 def guessed_at(engine: LLMEngine, work: Workload) -> Record:
-    """Among others, with drafts, some of which are right."""
-    record, counts = counted(engine, lambda: among_others(engine, work))
+    """Among others that say one thing over and over, so that drafts are right, whatever the model is."""
+    record, counts = counted(engine, lambda: among_others(engine, work, temperature=0.0, logit_bias={REPEATED: 100.0}))
     if not counts["accepted_tokens"]:
         raise AssertionError("no draft was right")
     return record
