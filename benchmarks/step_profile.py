@@ -3,10 +3,9 @@
     python benchmarks/step_profile.py --ours "bf16: dtype=bfloat16" --ours "int8: quantization=int8"
 
 Parts of the step by the worker's own timings, the forward pass split by timers around products
-and attention, operators by torch's profiler, and the speed of the layers' products against a
-2,048³ ``torch.mm`` in the same process.  Where a forward pass is one call, its products and
-attention are repeated one by one after it, each with its own entry into the kernels, so what is
-left for the rest is too small by that.  No peers: what happens in them cannot be split alike.
+and attention (within the kernels where it is one call), operators by torch's profiler, and the
+speed of the layers' products against a 2,048³ ``torch.mm`` in the same process.  No peers: what
+happens in them cannot be split alike.
 """
 
 from __future__ import annotations
@@ -88,8 +87,6 @@ def main() -> None:
             found = engine.ask("profile", rows=arguments.rows, context=arguments.context, steps=arguments.steps,
                                traced_steps=arguments.traced_steps)
             found["peak"] = engine.ask("peak")
-            if found["replayed"]:
-                report.note(f"{engine.name}: the forward pass is one call; its products and attention were timed one by one after it")
             last[engine.name] = found
             whole_ms = found["parts"]["whole step"]
             number = len(report.values("whole step", engine.name, TIME.name))

@@ -2,28 +2,28 @@
 
 Used by ``step_worker.py`` alone.  Classes are patched while a ``StepTimers`` is entered: the
 product that calls another product (the head) is counted once, as the outer one.  A forward
-that is one call into the kernels shows none of them: there they are replayed after it.
+that is one call into the kernels shows none of them: there the kernels themselves look at the clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from gpu_worker.attention.interface import AttentionMetadata
+from gpu_worker.kernels.decoder import DecoderTimes
 from gpu_worker.kernels.library import Library
-from gpu_worker.kv_cache import KVCache
+from gpu_worker.models.kernel_decoder import KernelDecoder
 
 
 class StepTimers:
     """Seconds in the layers' products, in the head and in attention; a context manager."""
 
     def __init__(self, model: Any) -> None:
+        self._one_call = model.call if isinstance(model, KernelDecoder) else None
         self._head = model.head()
         self._product_types = {type(product) for product in (*model.linears(), self._head)}
         self._attention_type = type(model.attention)
@@ -35,6 +35,8 @@ class StepTimers:
         return {part: 1e3 * seconds / steps for part, seconds in self._seconds.items()}
 
     def __enter__(self) -> StepTimers:
+        if self._one_call is not None:
+            self._one_call.times = DecoderTimes()
         for kind in self._product_types:
             self._patch(kind, "__call__", lambda owner: "head" if owner is self._head else "products")
         begin, patched = self._attention_type.begin, set()
@@ -54,6 +56,10 @@ class StepTimers:
         for kind, name, original in reversed(self._undo):
             setattr(kind, name, original)
         self._undo.clear()
+        if self._one_call is not None:
+            times, self._one_call.times = self._one_call.times, None
+            self._seconds["products"] += times.products / 1e9
+            self._seconds["attention"] += times.attention / 1e9
 
     def _patch(self, kind: type, name: str, part_of: Callable[[Any], str]) -> None:
         original = getattr(kind, name)
@@ -70,62 +76,6 @@ class StepTimers:
                 self._inside = False
 
         setattr(kind, name, timed)
-
-
-class LastForward:
-    """Keeps what the model's last forward was given, while entered."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.metadata: AttentionMetadata | None = None
-        self.kv: KVCache | None = None
-
-    def __enter__(self) -> LastForward:
-        forward = self._model.forward
-
-        def kept(token_ids: Any, positions: Any, metadata: AttentionMetadata, kv: KVCache) -> Any:
-            self.metadata, self.kv = metadata, kv
-            return forward(token_ids, positions, metadata, kv)
-
-        self._model.forward = kept
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._model.forward      # the class's again
-
-
-@torch.inference_mode()
-def replayed_ms(model: Any, last: LastForward, times: int) -> dict[str, float]:
-    """Products of all layers, and attention of all layers, one after another on random rows.
-
-    Overwrites the K/V of the last step.
-    """
-    tokens, spec = last.metadata.num_tokens, model.spec
-    products = model.linears()
-    rows = {kind: torch.randn(tokens, kind[0]).to(kind[1]) for kind in {(p.in_features, p.input_dtype) for p in products}}
-    query, key, value = (torch.randn(tokens, heads, spec.head_dim).to(spec.dtype)
-                         for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads))
-
-    def multiply() -> None:
-        for product in products:
-            product(rows[product.in_features, product.input_dtype])
-
-    def attend() -> None:
-        step = model.attention.begin(last.metadata, last.kv)
-        for layer in spec.layers:
-            step.attend(layer, query, key, value)
-
-    return {"products": _median_ms(multiply, times), "attention": _median_ms(attend, times)}
-
-
-def _median_ms(run: Callable[[], None], times: int) -> float:
-    run()
-    seconds = []
-    for _ in range(times):
-        started_s = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started_s)
-    return 1e3 * statistics.median(seconds)
 
 
 class KernelRecorder:

@@ -32,7 +32,7 @@ from protocol.codec import i32_bytes, i32_column
 from protocol.messages import Add
 from protocol.sampling_params import TokenParams
 from protocol.steps import StepPlan, StepStatus, WorkerReady
-from step_timers import KernelRecorder, LastForward, StepTimers, replayed_ms
+from step_timers import KernelRecorder, StepTimers
 
 FRONTEND = b"f0.e1"
 PARTS = ("build", "forward", "sample", "whole step")      # of StepResult.timings_us
@@ -60,17 +60,14 @@ class StepWorker:
         model = self.worker.runner.model
         run = _Run(self.worker, self.config, rows, max(1, context - (2 * steps + traced_steps) // 2), 2 * (steps + WARM_STEPS) + traced_steps)
         plain = [run.step() for _ in range(steps)]
-        timers, last = StepTimers(model), LastForward(model)
-        with timers, last:
+        timers = StepTimers(model)
+        with timers:
             timed = [run.step() for _ in range(steps)]
         split = timers.per_step_ms(steps)
         # products · 2 operations; rows stand at a bucket's size already
         flop = 2 * rows * sum(product.in_features * product.out_features for product in model.linears())
         operators = self._traced(run, traced_steps)
-        replayed = not split["products"]
-        if replayed:
-            split |= replayed_ms(model, last, steps)
-        return {"replayed": replayed, "plain_ms": statistics.median(times["whole step"] for times in plain), "split": split,
+        return {"plain_ms": statistics.median(times["whole step"] for times in plain), "split": split,
                 "parts": {part: statistics.mean(times[part] for times in timed) for part in PARTS},      # means add up
                 "gflops": flop / split["products"] / 1e6, "operators": operators}
 

@@ -2,6 +2,8 @@
 
 #include "decoder.h"
 
+#include <time.h>
+
 #include <algorithm>
 
 namespace folo {
@@ -58,17 +60,42 @@ LinearInput input(Output kind, int rows, const T* x, const QuantizedRows& quanti
     }
 }
 
+// Adds up where the time goes, where somebody asked.
+class Laps {
+  public:
+    explicit Laps(DecoderTimes* times) : times_(times), began_(times ? now() : 0) {}
+
+    // What has passed since the last lap belongs to `part`.
+    void end(int64_t DecoderTimes::*part) {
+        if (!times_) return;
+        const int64_t ends = now();
+        times_->*part += ends - began_;
+        began_ = ends;
+    }
+
+  private:
+    static int64_t now() {
+        timespec time;
+        clock_gettime(CLOCK_MONOTONIC, &time);
+        return time.tv_sec * int64_t{1'000'000'000} + time.tv_nsec;
+    }
+
+    DecoderTimes* times_;
+    int64_t began_;
+};
+
 template <typename T>
 class Forward {
   public:
     Forward(Team& team, const DecoderModel& model, const DecoderStep& step)
-        : team_(team), m_(model), s_(step), arena_(step.scratch), x_(arena_, model, step.tokens) {}
+        : team_(team), m_(model), s_(step), arena_(step.scratch), x_(arena_, model, step.tokens), laps_(step.times) {}
 
     void run() {
         if (m_.embedding_is_bf16) embed<bf16>();
         else embed<float>();
         for (int i = 0; i < m_.num_layers; ++i) layer(i);
         norm(m_.norm, Output::rows, static_cast<T*>(s_.normed));
+        laps_.end(&DecoderTimes::rest);
     }
 
   private:
@@ -87,7 +114,11 @@ class Forward {
                                          normed, x_.quantized});
     }
 
-    void product(const Product& p, const T* x, T* y) { linear<T>(team_, p.weight, input(p.input, s_.tokens, x, x_.quantized), y); }
+    void product(const Product& p, const T* x, T* y) {
+        laps_.end(&DecoderTimes::rest);
+        linear<T>(team_, p.weight, input(p.input, s_.tokens, x, x_.quantized), y);
+        laps_.end(&DecoderTimes::products);
+    }
 
     void layer(int i) {
         const DecoderLayer& layer = m_.layers[i];
@@ -107,8 +138,10 @@ class Forward {
             x_.qkv, x_.queries, static_cast<const T*>(layer.query_norm), static_cast<const T*>(layer.key_norm), m_.eps, m_.cosines,
             m_.sines, s_.positions, s_.slots, s_.tokens, m_.num_heads, kv});
         const int64_t width = int64_t(m_.num_heads) * m_.head_dim;
+        laps_.end(&DecoderTimes::rest);
         attend(team_, AttentionArguments<T>{{x_.queries, width, m_.head_dim}, x_.attended, s_.tokens, s_.tokens, m_.scale, 0.0f, kv,
                                             s_.plans[layer.plan]});
+        laps_.end(&DecoderTimes::attention);
         if (layer.output.input != Output::rows) quantize_rows(team_, x_.attended, s_.tokens, width, layer.output.input, x_.quantized);
     }
 
@@ -117,6 +150,7 @@ class Forward {
     const DecoderStep& s_;
     Arena arena_;
     Scratch<T> x_;
+    Laps laps_;
     const T* added_ = nullptr;      // what the last product of the residual stream gave; nothing before the first layer
 };
 

@@ -34,6 +34,11 @@ struct DecoderModel {
     int32_t embedding_is_bf16, is_bf16;      // the second: T
 };
 
+// Nanoseconds of the calling thread, added to what stands there.
+struct DecoderTimes {
+    int64_t products, attention, rest;
+};
+
 struct DecoderStep {
     const KVLayer* kv;                       // [layers]
     AttentionPlan* const* plans;
@@ -41,6 +46,7 @@ struct DecoderStep {
     const int64_t* slots;                    // [tokens]
     void* normed;                            // T [tokens, hidden]: what the head takes
     uint8_t* scratch;                        // scratch_bytes(model, tokens), aligned to 64
+    DecoderTimes* times;                     // or null
     int32_t tokens, threads;
 };
 

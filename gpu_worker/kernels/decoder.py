@@ -41,11 +41,18 @@ class DecoderModel(ctypes.Structure):
                 ("is_bf16", c_int32)]
 
 
+class DecoderTimes(ctypes.Structure):
+    """Nanoseconds in the parts of a forward, added to what stands here."""
+
+    _fields_ = [("products", c_int64), ("attention", c_int64), ("rest", c_int64)]
+
+
 class DecoderStep(ctypes.Structure):
     """One step's tokens."""
 
     _fields_ = [("kv", ctypes.POINTER(KVLayer)), ("plans", ctypes.POINTER(c_void_p)), ("token_ids", c_void_p), ("positions", c_void_p),
-                ("slots", c_void_p), ("normed", c_void_p), ("scratch", c_void_p), ("tokens", c_int32), ("threads", c_int32)]
+                ("slots", c_void_p), ("normed", c_void_p), ("scratch", c_void_p), ("times", ctypes.POINTER(DecoderTimes)), ("tokens", c_int32),
+                ("threads", c_int32)]
 
 
 class DecoderCall:
@@ -54,14 +61,16 @@ class DecoderCall:
     def __init__(self, library: Library, model: DecoderModel, num_threads: int) -> None:
         self._functions, self._model, self._threads = library.functions, model, num_threads
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self.times: DecoderTimes | None = None       # for whoever wants to know where the time goes
 
     def __call__(self, token_ids: Tensor, positions: Tensor, slots: Tensor, kv: ctypes.Array, plans: list[Plan], normed: Tensor) -> None:
         """int64 [tokens] three times; ``kv`` one KVLayer a layer; fills ``normed`` [tokens, hidden]."""
         tokens = len(token_ids)
         assert all(x.dtype == torch.int64 and len(x) == tokens and x.is_contiguous() for x in (token_ids, positions, slots))
         addresses = (c_void_p * len(plans))(*(plan.address for plan in plans))
+        times = None if self.times is None else ctypes.pointer(self.times)
         step = DecoderStep(ctypes.cast(kv, ctypes.POINTER(KVLayer)), addresses, token_ids.data_ptr(), positions.data_ptr(),
-                           slots.data_ptr(), normed.data_ptr(), self._scratch_for(tokens), tokens, self._threads)
+                           slots.data_ptr(), normed.data_ptr(), self._scratch_for(tokens), times, tokens, self._threads)
         self._functions.folo_decode(ctypes.byref(self._model), ctypes.byref(step))
 
     def _scratch_for(self, tokens: int) -> int:

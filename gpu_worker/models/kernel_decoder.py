@@ -54,7 +54,7 @@ class KernelDecoder:
             hidden_size=config.hidden_size, vocab_size=config.vocab_size, max_model_len=config.max_position, dtype=parts.dtype,
             eos_token_ids=eos_token_ids, supports_bit_exact=True, quantization=parts.quantization, other_kv_dtype=kv_dtype or parts.kv_dtype)
         self._shapes = list(dict.fromkeys(map(_shape, self.spec.layers)))
-        self._call = DecoderCall(kernels.library, self._model(config), kernels.num_threads)
+        self.call = DecoderCall(kernels.library, self._model(config), kernels.num_threads)
         self._kv: tuple[KVCache, Sequence[KVLayer]] | None = None
 
     def _model(self, config: DecoderConfig) -> DecoderModel:
@@ -77,7 +77,7 @@ class KernelDecoder:
         normed = torch.empty(attn.num_tokens, self.spec.hidden_size, dtype=self.spec.dtype)
         batch = batch_of(attn)
         plans = [self.attention.plan(Shape(*shape), batch) for shape in self._shapes]
-        self._call(token_ids[real], positions[real], attn.slot_mapping[real], self._kv_layers(kv), plans, normed)
+        self.call(token_ids[real], positions[real], attn.slot_mapping[real], self._kv_layers(kv), plans, normed)
         self.attention.keep(plans)
         return normed
 

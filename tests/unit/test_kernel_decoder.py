@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from gpu_worker.attention.interface import AttentionMetadata
+from gpu_worker.kernels.decoder import DecoderTimes
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models import cpu_kernels
 from gpu_worker.models.converted import models_dir
@@ -100,6 +102,17 @@ def test_the_same_bits_in_any_chunks(tmp_path: Path, mode, kv: str) -> None:
     for chunks in ([1] * len(IDS), [33, 1, 1, 20, 15], [2, 3, 64, 1]):
         assert torch.equal(in_steps(model, chunks), expected)
     assert torch.equal(in_steps(load(tmp_path / "model", mode, kv, threads=1), [40, 30]), expected)
+
+
+def test_the_call_says_where_its_time_went(tmp_path: Path) -> None:
+    model = load(windowed_mistral(tmp_path / "model"), ("bfloat16", None))
+    expected = in_steps(model, [40, 30])
+    model.call.times = times = DecoderTimes()
+    began_ns = time.perf_counter_ns()
+    assert torch.equal(in_steps(model, [40, 30]), expected)
+    passed_ns = time.perf_counter_ns() - began_ns
+    parts = times.products, times.attention, times.rest
+    assert min(parts) > 0 and sum(parts) <= passed_ns
 
 
 def test_what_the_kernels_lack_runs_in_torch(tmp_path: Path) -> None:
