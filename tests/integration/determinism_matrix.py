@@ -38,6 +38,7 @@ Record = dict[int, Print]    # by request
 # Sampling of request i: every filter, alone and with others.
 MIXES: list[dict] = [
     {"temperature": 0.0},
+    {"temperature": 0.0, "logit_bias": {REPEATED: 100.0}},      # so that there are drafts that are right, whatever the model is
     {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
     {"temperature": 1.0, "min_p": 0.02},
     {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
@@ -140,10 +141,12 @@ def several_steps_a_plan(engine: LLMEngine, work: Workload) -> Record:
 
 
 def guessed_at(engine: LLMEngine, work: Workload) -> Record:
-    """Among others that say one thing over and over, so that drafts are right, whatever the model is."""
-    record, counts = counted(engine, lambda: among_others(engine, work, temperature=0.0, logit_bias={REPEATED: 100.0}))
+    """With drafts, some of which are right; and once more among others that repeat themselves, so that drafts pay beside them too."""
+    record, counts = counted(engine, lambda: together(engine, work))
     if not counts["accepted_tokens"]:
         raise AssertionError("no draft was right")
+    if differing := differences(record, among_others(engine, work, **MIXES[1])):
+        raise AssertionError(f"requests {differing} differ among others")
     return record
 
 

@@ -13,16 +13,16 @@ NAMES = [circumstance.name for circumstance in CIRCUMSTANCES]
 
 
 def all_records(model_dir, **settings):
-    work = make_workload(Tokenizer(model_dir).encode(ordinary_text()), count=8, longest=400, max_tokens=16)
+    work = make_workload(Tokenizer(model_dir).encode(ordinary_text()), count=9, longest=400, max_tokens=16)
     return {name: record for name, record, _ in measure(str(model_dir), [ALONE, *CIRCUMSTANCES], work, **settings)}
 
 
 def small_records(model_dir, **settings):
-    """On one thread each, the circumstances share the processors."""
-    work = make_workload(Tokenizer(model_dir).encode(ordinary_text()), count=5, longest=300, max_tokens=48)
+    """Half of the circumstances beside the other half."""
+    work = make_workload(Tokenizer(model_dir).encode(ordinary_text()), count=6, longest=300, max_tokens=48)
     every = [ALONE, *CIRCUMSTANCES]
     with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(lambda part: list(measure(str(model_dir), part, work, num_threads=1, **settings)), [every[::2], every[1::2]])
+        halves = pool.map(lambda part: list(measure(str(model_dir), part, work, num_threads=2, **settings)), [every[::2], every[1::2]])
         return {name: record for half in halves for name, record, _ in half}
 
 
