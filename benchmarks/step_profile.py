@@ -94,9 +94,9 @@ def main() -> None:
                 report.add(part, engine.name, TIME.name, ms, number)
                 report.add(part, engine.name, SHARE.name, 100 * ms / whole_ms, number)
             products = found["split"]["products"] + found["split"]["head"]
-            return {"products' share": 100 * products / whole_ms, "products, GFLOP/s": found["gflops"],
+            return {"share of all products, %": 100 * products / whole_ms, "products of the layers, GFLOP/s": found["gflops"],
                     f"torch.mm {found['peak']['dtype']}, GFLOP/s": found["peak"]["gflops"],
-                    "products against torch.mm": 100 * found["gflops"] / found["peak"]["gflops"]}
+                    "products of the layers against torch.mm, %": 100 * found["gflops"] / found["peak"]["gflops"]}
 
         session.alternate("summary", measure)
     for name, found in last.items():
@@ -108,7 +108,7 @@ def main() -> None:
 def summary(report: Any, name: str) -> str:
     """Medians of what has no part of its own."""
     metrics = list(dict.fromkeys(s.metric for s in report.samples if s.case == "summary" and s.engine == name))
-    lines = [header(f"{name}: products, the head's among them", "median")]
+    lines = [header(name, "median")]
     lines += [row(metric, f"{statistics.median(report.values('summary', name, metric)):.1f}") for metric in metrics]
     return "\n".join(lines)
 
