@@ -55,7 +55,7 @@ class Report:
     metrics: Sequence[Metric]
     arguments: dict[str, Any]
     bases: list[str] = field(default_factory=list)   # engines that the others are compared with, in this order
-    wide: bool = False                               # one table, a column for each metric, instead of a table each
+    wide: bool = False                               # a column for each metric, and ratios apart, instead of a table each
     samples: list[Sample] = field(default_factory=list)
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)     # name → what it says of itself
     missing: dict[str, str] = field(default_factory=dict)                # name → why it did not run
@@ -157,7 +157,16 @@ class Report:
                 continue             # measured something that is told elsewhere
             lines.append(row(case, engine, *(number(statistics.median(values), metric.digits) if values else ""
                                              for metric, values in zip(self.metrics, cells))))
-        return "\n".join(lines)
+        return "\n\n".join(["\n".join(lines), *(table for base in self.present_bases() if (table := self._wide_ratios(base)))])
+
+    def _wide_ratios(self, base: str) -> str:
+        """How many times better than ``base``, a column for each metric; nothing where there is nobody else."""
+        lines = [header(self.case_name, f"× {base}", *(metric.name for metric in self.metrics))]
+        for case, engine in self.rows():
+            ratios = [self.ratio(case, engine, base, metric) for metric in self.metrics]
+            if any(ratios):
+                lines.append(row(case, engine, *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)))
+        return "\n".join(lines) if len(lines) > 1 else ""
 
 
 def header(*cells: object) -> str:

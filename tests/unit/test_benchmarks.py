@@ -65,6 +65,7 @@ class TestReport:
         report.add(16, "ours", "delay", 0.126)
         text = report.markdown(WATCHED)
         assert "| 16 | peer | 20.0 |  |\n| 16 | ours | 40.0 | 0.13 |" in text
+        assert "| width | × peer | rate | delay |\n|---|---|---|---|\n| 16 | ours | 2.00 |  |" in text
 
     def test_what_did_not_run_is_named(self):
         report = make_report()
