@@ -171,15 +171,7 @@ inline int32_t max_of(I32 x) {
 inline float bits_as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline uint32_t float_as_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 
-// bfloat16: to nearest, ties to even; a NaN stays one.
-inline bf16 to_bf16(float x) {
-    const uint32_t bits = float_as_bits(x);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (bits >> 16) | 0x40;
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-inline float from_bf16(bf16 x) { return bits_as_float((uint32_t)x << 16); }
-
-// Upper halves of rounded floats, in the lower half of each int.
+// bfloat16: upper halves of floats rounded to nearest, ties to even, in the lower half of each int; NaN stays one.
 inline I32 rounded_bf16(F32 x) {
     const I32 bits = as_int(x);
     const I32 odd = andi(shift_right<16>(bits), set1i(1));
