@@ -1,4 +1,4 @@
-"""Memory in pages of 2 MiB, for weights that are read from end to end for every token.
+"""Memory in pages of 2 MiB, for what is read anew for every token: weights, K and V.
 
 With pages of 4 KiB, as a mapped file has them, the same reads took a quarter longer: the
 processor fetches ahead no further than to the end of a page, and looks up each one.
