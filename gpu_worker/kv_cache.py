@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpu_worker.kernels.huge_pages import HugePages, whole_lines
+from gpu_worker.kernels.huge_pages import LINE_BYTES, HugePages
 from gpu_worker.models.spec import ModelSpec
 from protocol.codec import BLOCK_SIZE_TOKENS
 
@@ -68,8 +68,8 @@ class _Zeros:
     def __init__(self, spec: ModelSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self._device = device
         if device.type == "cpu":
-            lines = sum(4 * whole_lines(1) for _ in spec.layers)         # each of a layer's tensors begins on one
-            self._pages = HugePages(num_blocks * KVCache.block_bytes(spec, dtype) + lines)
+            starts = 4 * LINE_BYTES * len(spec.layers)          # each of a layer's tensors begins on a line
+            self._pages = HugePages(num_blocks * KVCache.block_bytes(spec, dtype) + starts)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self._device.type != "cpu":
