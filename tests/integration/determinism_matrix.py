@@ -29,16 +29,17 @@ HOG_TOKENS = 32              # output of a hog: it grows from one block to two
 BUSY = "import time\nend_s = time.monotonic() + 3600\nwhile time.monotonic() < end_s: pass"
 
 UNCACHED = {"enable_prefix_caching": False}
-REPEATED = 40                # a token
 ARITHMETIC = ["dtype", "quantization", "kv_cache_dtype"]      # settings that choose one: flags of the command line
 
 Print = list[tuple]          # one entry a position: token id, its logprob and the best five, as hex
 Record = dict[int, Print]    # by request
 
+REPETITIVE = {"temperature": 0.0, "logit_bias": {40: 100.0}}      # says one token over and over: drafts are right, whatever the model is
+
 # Sampling of request i: every filter, alone and with others.
 MIXES: list[dict] = [
     {"temperature": 0.0},
-    {"temperature": 0.0, "logit_bias": {REPEATED: 100.0}},      # so that there are drafts that are right, whatever the model is
+    REPETITIVE,
     {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
     {"temperature": 1.0, "min_p": 0.02},
     {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
@@ -145,7 +146,7 @@ def guessed_at(engine: LLMEngine, work: Workload) -> Record:
     record, counts = counted(engine, lambda: together(engine, work))
     if not counts["accepted_tokens"]:
         raise AssertionError("no draft was right")
-    if differing := differences(record, among_others(engine, work, **MIXES[1])):
+    if differing := differences(record, among_others(engine, work, **REPETITIVE)):
         raise AssertionError(f"requests {differing} differ among others")
     return record
 

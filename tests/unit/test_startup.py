@@ -20,12 +20,12 @@ def load(model_dir: Path, scheduler: SchedulerConfig = SchedulerConfig(max_num_s
     return load_worker(EngineConfig(model=settings, scheduler=scheduler, model_dir=str(model_dir)))
 
 
-def test_our_own_decoder_does_without_transformers(tiny_llama_dir: Path) -> None:
+def test_the_default_path_does_without_transformers(default_model_dir: Path) -> None:
     """Its import alone takes longer than a start may."""
     script = ("import sys; from gpu_worker import process; from gpu_worker.startup import load_worker; from protocol.config import EngineConfig; "
               "worker = load_worker(EngineConfig(model_dir=sys.argv[1])); "
               "print(worker.runner.model.spec.backend, 'torch' in sys.modules, 'transformers' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", script, str(tiny_llama_dir)], text=True, capture_output=True, check=True,
+    done = subprocess.run([sys.executable, "-c", script, str(default_model_dir)], text=True, capture_output=True, check=True,
                           cwd=Path(__file__).resolve().parents[2])
     assert done.stdout.split() == ["decoder", "True", "False"]
 
